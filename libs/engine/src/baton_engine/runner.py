@@ -1,0 +1,103 @@
+"""What a model has to do for the paged engine: compute KV into blocks and draw tokens. No scheduling, no block accounting.
+
+Implemented by `sim_runner.SimRunner` and `torch_runner.TorchRunner`; called only from the engine's thread.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from baton_engine.api import EngineInfo, SamplingParams, SequenceKey, TokenLogprobs
+from baton_engine.pool import BlockLayout, KvPool
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkItem:
+    """One sequence's part of a step: compute KV of tokens [start, end), and draw the next token if `draws`.
+
+    KV of tokens [0, start) lies in the blocks already. Token t lives in block table[t // block_tokens], slot
+    t % block_tokens; the table has at least ceil(end / block_tokens) entries, possibly more.
+    """
+
+    key: SequenceKey
+    token_ids: array[int]  # the whole sequence, type code "I": prompt, then all output so far. Not to be changed or kept.
+    start: int
+    end: int
+    table: Sequence[int]  # block ids in order. Not to be changed or kept: it grows later.
+    draws: bool  # end == len(token_ids): the next token is drawn from the logits of token end - 1
+    sampling: SamplingParams
+    num_prompt_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return self.end - self.start
+
+    @property
+    def is_decode(self) -> bool:
+        """One token that attends to what is there: the batched decode path."""
+        return self.end - self.start == 1
+
+    @property
+    def position(self) -> int:
+        """Output position of the token drawn now."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+class StepLoad(NamedTuple):
+    """Size of a step, all that a prediction may depend on. Adds up over items, so the scheduler can search chunk lengths."""
+
+    prefill_tokens: int = 0  # tokens of items with more than one token
+    prefill_attended_tokens: int = 0  # sum over those tokens of the tokens each attends to (itself included)
+    decode_sequences: int = 0  # items with exactly one token
+    decode_kv_tokens: int = 0  # sum of `end` over those
+
+    def plus(self, start: int, end: int) -> "StepLoad":
+        """This load and a chunk [start, end)."""
+        tokens = end - start
+        if tokens == 1:
+            return self._replace(decode_sequences=self.decode_sequences + 1, decode_kv_tokens=self.decode_kv_tokens + end)
+        attended = (end * (end + 1) - start * (start + 1)) // 2
+        return self._replace(
+            prefill_tokens=self.prefill_tokens + tokens, prefill_attended_tokens=self.prefill_attended_tokens + attended
+        )
+
+
+class Draw(NamedTuple):
+    """A drawn token; logprobs if the sequence asked for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class ModelRunner(Protocol):
+    """The compute below the scheduler.
+
+    Two stages: constructed, it tells info and layout (for a given block_tokens); then the worker allocates the pool in
+    shared memory and `bind` hands it over.
+
+    Contracts:
+    - A run writes only slots [start, end) of its items' tables: other blocks are written by pulls at the same time.
+    - Slots at or beyond `end` are read only where masked out, but must be finite even so (softmax weight 0 times NaN is
+      NaN). The engine zeroes a block, through the pool, before the first chunk that enters it without filling it, and the
+      tail of a partial block that came by a pull. So a runner may read any slot of the sequence's own blocks up to block
+      (end - 1) // block_tokens, and nothing else: pad tables with the sequence's own table[0], never with block 0.
+    - What is drawn depends only on token_ids, num_prompt_tokens and sampling (law 3), not on the batch.
+    """
+
+    info: EngineInfo
+    layout: BlockLayout
+
+    def bind(self, pool: KvPool) -> None:
+        """Use this pool. Called once, before the first run, from the engine's thread or before it exists."""
+
+    def predict_s(self, load: StepLoad) -> float:
+        """Predicted length of such a step in seconds; cheap, and non-decreasing in every field of load."""
+
+    def run(self, items: Sequence[ChunkItem]) -> list[Draw | None]:
+        """Compute all items; the draws in the order of items (None where draws is False).
+
+        Raises: StepFailed naming the guilty sequences if the others' KV and draws are unharmed (the engine then runs
+        the others again, from the same start); any other exception ends the engine.
+        """
