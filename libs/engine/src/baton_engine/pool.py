@@ -1,0 +1,55 @@
+"""The memory that holds KV blocks: one contiguous buffer, block after block."""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """Shape of one block: (num_layers, 2, block_tokens, num_kv_heads, head_dim), C order. As baton.discovery.v1.KvLayout."""
+
+    num_layers: int
+    block_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # "float32", "float16" or "bfloat16"
+    num_shards: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Shape of one block."""
+        return (self.num_layers, 2, self.block_tokens, self.num_kv_heads, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return prod(self.shape) * {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class KvPool:
+    """A worker's KV memory. Block i is data[i]; only this process writes to it.
+
+    data has shape (num_blocks, block_bytes), uint8. Allocated by the worker (shared memory, so that neighbours on the host
+    can map it read-only) and given to the engine, which views it in its own type.
+    """
+
+    data: npt.NDArray[np.uint8]
+    layout: BlockLayout
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 2 or self.data.shape[1] != self.layout.block_bytes or self.data.dtype != np.uint8:
+            raise ValueError(f"pool of {self.data.dtype} {self.data.shape} does not hold blocks of {self.layout.block_bytes} bytes")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return int(self.data.shape[0])
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes per block."""
+        return self.layout.block_bytes

@@ -1,0 +1,1 @@
+"""The KV handoff: state machine, pulls, transports, books client."""

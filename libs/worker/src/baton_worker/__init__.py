@@ -1,0 +1,1 @@
+"""What prefill and decode share: Attach server, engine driver, cache events, statistics, drain."""

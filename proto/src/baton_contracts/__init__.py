@@ -1,0 +1,1 @@
+"""The gRPC contracts between Baton's services: protos, stubs, descriptor image."""

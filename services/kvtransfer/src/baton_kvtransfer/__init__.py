@@ -1,0 +1,1 @@
+"""Introduces pairs, keeps the books of handoffs, spreads news of deaths."""

@@ -1,0 +1,1 @@
+"""Computes the KV of prompts and hands it over."""

@@ -1,0 +1,1 @@
+"""Chooses prefill and decode instances by predicted time and cache locality."""
