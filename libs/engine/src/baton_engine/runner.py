@@ -1,6 +1,7 @@
 """What a model has to do for the paged engine: compute KV into blocks and draw tokens. No scheduling, no block accounting.
 
-Implemented by `sim_runner.SimRunner` and `torch_runner.TorchRunner`; called only from the engine's thread.
+Implemented by `sim_runner.SimRunner` and `torch_runner.TorchRunner`; called only from the engine's thread. The factory loads
+the torch one with `torch_runner.load_torch_runner(model_path: Path, block_tokens: int) -> ModelRunner`.
 """
 
 from array import array
@@ -59,9 +60,7 @@ class StepLoad(NamedTuple):
         if tokens == 1:
             return self._replace(decode_sequences=self.decode_sequences + 1, decode_kv_tokens=self.decode_kv_tokens + end)
         attended = (end * (end + 1) - start * (start + 1)) // 2
-        return self._replace(
-            prefill_tokens=self.prefill_tokens + tokens, prefill_attended_tokens=self.prefill_attended_tokens + attended
-        )
+        return self._replace(prefill_tokens=self.prefill_tokens + tokens, prefill_attended_tokens=self.prefill_attended_tokens + attended)
 
 
 class Draw(NamedTuple):
@@ -101,3 +100,6 @@ class ModelRunner(Protocol):
         Raises: StepFailed naming the guilty sequences if the others' KV and draws are unharmed (the engine then runs
         the others again, from the same start); any other exception ends the engine.
         """
+
+    def forget(self, key: SequenceKey) -> None:
+        """The sequence ended: drop what is remembered for it. Unknown keys are ignored; a key is never used again."""
