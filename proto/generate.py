@@ -1,4 +1,4 @@
-"""Generate the Python stubs and the descriptor image from proto/baton into proto/src/baton_contracts.
+"""Generate the Python stubs from proto/baton into proto/src/baton_contracts.
 
 Run with the interpreter of an environment that has grpcio-tools 1.71 (`make proto` builds it): stubs made by 1.71 run on
 protobuf 5.29 to 7.36, those of later releases tie the runtime to their own protobuf.
@@ -26,7 +26,7 @@ def generate(out: Path) -> None:
     with tempfile.TemporaryDirectory() as tmp:
         well_known = str(files("grpc_tools") / "_proto")
         args = ["protoc", f"-I{ROOT}", f"-I{well_known}", f"--python_out={tmp}", f"--pyi_out={tmp}", f"--grpc_python_out={tmp}"]
-        args += ["--include_imports", f"--descriptor_set_out={tmp}/image.binpb", *map(str, protos)]
+        args += map(str, protos)
         if protoc.main(args) != 0:
             sys.exit("protoc failed")
         for made in sorted((Path(tmp) / "baton").rglob("*_pb2*.py*")):
@@ -35,7 +35,6 @@ def generate(out: Path) -> None:
             target.write_text(re.sub(r"^from baton\.", "from baton_contracts.", made.read_text(), flags=re.M))
             for folder in (target.parent, target.parent.parent):
                 (folder / "__init__.py").touch()
-        (package / "image.binpb").write_bytes((Path(tmp) / "image.binpb").read_bytes())
 
 
 def differences(made: Path, committed: Path) -> list[str]:
@@ -45,9 +44,8 @@ def differences(made: Path, committed: Path) -> list[str]:
     return sorted(
         str(n)
         for n in names
-        if n.name != "__init__.py" and not (
-            (made / n).is_file() and (committed / n).is_file() and (made / n).read_bytes() == (committed / n).read_bytes()
-        )
+        if n.name != "__init__.py"
+        and not ((made / n).is_file() and (committed / n).is_file() and (made / n).read_bytes() == (committed / n).read_bytes())
     )
 
 

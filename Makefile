@@ -1,0 +1,70 @@
+# Two commands do everything: `make up` runs Baton, `make test` tests it. Each sets up what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MEMBERS := proto libs/runtime libs/engine libs/handoff libs/worker services/frontend services/router services/prefill \
+	services/decode services/kvtransfer cli
+SOURCES := $(wildcard $(addsuffix /src,$(MEMBERS)))
+
+# make up MODEL=folder UP="--engine sim --profile instant --port 9000"
+UP ?=
+MODEL ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help up test test-unit test-e2e test-alone check format lint types proto proto-check ci clean
+
+help: ## show this text
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+$(VENV)/.ready: requirements-dev.txt constraints.txt $(addsuffix /pyproject.toml,$(MEMBERS))
+	@echo "setting up $(VENV) (about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt hatchling editables
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -r requirements-dev.txt
+	@touch $@
+
+# The stubs' generator needs an older protobuf than the rest.
+$(VENV)-proto/.ready:
+	@test -x $(VENV)-proto/bin/python || $(PYTHON) -m venv $(VENV)-proto
+	@$(VENV)-proto/bin/pip install -q --disable-pip-version-check 'grpcio-tools==1.71.2' 'setuptools<81'
+	@touch $@
+
+up: $(VENV)/.ready ## start Baton: five services, etcd, the demo model (MODEL=folder for a real one)
+	@$(BIN)/baton up $(if $(MODEL),--model $(MODEL)) $(UP)
+
+test: $(VENV)/.ready ## every test: units of all members, then real processes
+	$(BIN)/pytest $(addsuffix /tests,$(MEMBERS)) tests
+
+test-unit: $(VENV)/.ready ## the members' own tests
+	$(BIN)/pytest $(addsuffix /tests,$(MEMBERS))
+
+test-e2e: $(VENV)/.ready ## tests with real processes
+	$(BIN)/pytest tests
+
+test-alone: $(VENV)/.ready ## build each service from its declared dependencies alone and run its tests there
+	$(BIN)/python tests/alone/build_alone.py
+
+check: lint types proto-check ## format, lint, types, contracts
+
+format: $(VENV)/.ready ## rewrite files in the house format
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
+
+types: $(VENV)/.ready
+	set -e; for source in $(SOURCES); do echo "mypy $$source"; $(BIN)/mypy $$source; done
+
+proto: $(VENV)-proto/.ready ## regenerate the stubs
+	$(VENV)-proto/bin/python proto/generate.py
+
+proto-check: $(VENV)/.ready $(VENV)-proto/.ready
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code
+	cd proto && ../$(BIN)/buf breaking --against $$(ls -v releases/*.binpb | tail -n 1 | sed 's|^|./|')
+	$(VENV)-proto/bin/python proto/generate.py --check
+
+ci: ## what continuous integration runs
+	bash .ci/run
+
+clean: ## remove environments and run data
+	rm -rf $(VENV) $(VENV)-proto .baton build
