@@ -4,15 +4,35 @@ A block is in exactly one state: free; cached (holds a reusable prefix, nobody u
 handoff that is not confirmed); reserved (set aside for an incoming handoff, contents not confirmed); used (in the table of
 a sequence). free + cached + pinned + reserved + used = total, checked by `BlockManager.check`.
 
-Interface only so far; see the class below.
+    state      in a table   pinned    published   who ends it
+    free       no           no        no          acquire, reserve, grow
+    cached     no           no        yes         acquire, reserve (shared), or eviction
+    pinned     no           yes       either      unpin
+    reserved   one          no        no          commit, release
+    used       one or more  either    either      release
+
+Published blocks are evicted least recently used first, and a chain's end before its beginning: whenever blocks become
+cached, their chain is touched from the end backwards, so that a parent is never older than its children.
 """
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Hashable
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from baton_engine.errors import CacheFull, IntegrityError
+from baton_engine.integrity import find_problems
+
+__all__ = ["BlockCounts", "BlockManager", "CacheEvents", "CacheFull", "IntegrityError", "TablePrefix"]
+
+GROWTH_SHARE = 0.05  # of all blocks, kept free for growth when admitting (design.md, section 4, decode)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
+    """Blocks by state."""
+
     total: int
     free: int
     cached: int
@@ -29,6 +49,32 @@ class CacheEvents:
     removed: Sequence[bytes]
 
 
+class TablePrefix(NamedTuple):
+    """Leading blocks of a table whose contents need not be computed."""
+
+    shared: int  # taken from this worker's cache when the table was made
+    ready: int  # shared, or committed since
+
+
+@dataclass(slots=True)
+class _Table:
+    """blocks[:committed] are used, the rest reserved. hashes is the chain as far as known, by index."""
+
+    blocks: list[int]
+    committed: int
+    shared: int
+    ready: int
+    hashes: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Pins:
+    """Block id by index within the sequence, and the chain to touch once the pins are gone."""
+
+    blocks: dict[int, int] = field(default_factory=dict)
+    hashes: Sequence[bytes] = ()
+
+
 class BlockManager:
     """Thread-safe owner of the pool's blocks. Owners are SequenceKeys; one owner has at most one table.
 
@@ -36,59 +82,320 @@ class BlockManager:
     A handoff's sink: reserve -> commit per confirm -> the engine decodes -> release.
     """
 
-    def __init__(self, num_blocks: int) -> None: ...
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise ValueError("a pool has at least one block")
+        self._lock = threading.Lock()
+        self._total = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._refs = [0] * num_blocks  # tables the block is in
+        self._pin_refs = [0] * num_blocks  # owners that pin it
+        self._hash: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
+        self._tables: dict[Hashable, _Table] = {}
+        self._pins: dict[Hashable, _Pins] = {}
+        self._reserved = 0
+        self._pinned = 0  # blocks in state pinned
+        self._stored: dict[bytes, None] = {}  # ordered sets; net change since the last drain, so at most two per block
+        self._removed: dict[bytes, None] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def growth_headroom(self) -> int:
+        """Blocks to keep free for growth when admitting: pass it as keep_free."""
+        return max(1, int(self._total * GROWTH_SHARE))
+
+    def subscribe_available(self, callback: Callable[[], None]) -> None:
+        """Call back, from any thread and with no lock held, after blocks became free or cached. It must not block."""
+        self._listeners.append(callback)
 
     def match_prefix(self, hashes: Sequence[bytes]) -> int:
         """Leading hashes that are cached or in use, hence shareable, now. Takes nothing."""
+        with self._lock:
+            return len(self._matching(hashes))
 
     def can_hold(self, num_blocks: int) -> bool:
         """Whether num_blocks could be taken now (free + cached)."""
+        with self._lock:
+            return num_blocks <= len(self._free) + len(self._cached)
 
-    def acquire(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int) -> int:
+    def acquire(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, *, keep_free: int = 0) -> int:
         """Give owner a table of num_blocks blocks, state used: the cached prefix of hashes (at most num_blocks), then fresh
         ones, zeroed lazily by the engine. All or nothing. Returns the number of leading blocks from the cache.
 
-        Raises: CacheFull, nothing taken; ValueError if owner has a table.
+        keep_free blocks must stay free or evictable afterwards; waived while nobody holds anything, so that what fits
+        alone can run alone.
+        Raises: CacheFull, nothing taken; ValueError if owner has a table or pins.
         """
+        with self._lock:
+            return self._take(owner, hashes, num_blocks, keep_free, reserved=False)
 
-    def reserve(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int) -> int:
+    def reserve(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, *, keep_free: int = 0) -> int:
         """As acquire, but fresh blocks are reserved until commit; the shared prefix counts as used."""
+        with self._lock:
+            return self._take(owner, hashes, num_blocks, keep_free, reserved=True)
 
     def commit(self, owner: Hashable, end_block: int, hashes: Sequence[bytes]) -> None:
         """Blocks [.., end_block) of owner's table are confirmed: reserved -> used; full ones published under hashes
-        (hashes[i] is block i's; may be shorter than end_block: a partial last block has no hash)."""
+        (hashes[i] is block i's; may be shorter than end_block: a partial last block has no hash). Idempotent.
+
+        Raises: KeyError if owner has no table, ValueError if it is shorter than end_block.
+        """
+        with self._lock:
+            table = self._tables[owner]
+            if end_block > len(table.blocks):
+                raise ValueError(f"table has {len(table.blocks)} blocks, not {end_block}")
+            newly = range(table.committed, end_block)
+            self._reserved -= len(newly)
+            table.committed = max(table.committed, end_block)
+            table.ready = max(table.ready, end_block)
+            for index in newly:
+                if index < len(hashes):
+                    self._publish(table, index, hashes[index])
 
     def grow(self, owner: Hashable, num_blocks: int = 1) -> Sequence[int]:
-        """Append fresh used blocks to owner's table; their ids. Raises: CacheFull, nothing taken."""
+        """Append fresh used blocks to owner's table; their ids.
+
+        Raises: CacheFull, nothing taken; KeyError; ValueError while blocks of the table are reserved.
+        """
+        with self._lock:
+            table = self._tables[owner]
+            if table.committed != len(table.blocks):
+                raise ValueError("a table grows after everything reserved is committed")
+            self._require(num_blocks, len(self._free) + len(self._cached))
+            fresh = [self._take_fresh() for _ in range(num_blocks)]
+            table.blocks += fresh
+            table.committed = len(table.blocks)
+            return fresh
 
     def publish(self, owner: Hashable, index: int, block_hash: bytes) -> None:
         """Block index of owner's table is full and computed: reusable under block_hash. If another block has that hash
-        already, that one stays the published one."""
+        already, that one stays the published one. Idempotent.
+
+        Raises: KeyError, IndexError; ValueError if the block is still reserved.
+        """
+        with self._lock:
+            table = self._tables[owner]
+            if not 0 <= index < len(table.blocks):
+                raise IndexError(f"table has {len(table.blocks)} blocks, no index {index}")
+            if index >= table.committed:
+                raise ValueError("a reserved block is published by commit")
+            self._publish(table, index, block_hash)
 
     def table(self, owner: Hashable) -> Sequence[int]:
         """Block ids of owner, in order. Raises: KeyError."""
+        with self._lock:
+            return tuple(self._tables[owner].blocks)
+
+    def prefix(self, owner: Hashable) -> TablePrefix:
+        """How much of owner's table need not be computed. Raises: KeyError."""
+        with self._lock:
+            table = self._tables[owner]
+            return TablePrefix(table.shared, table.ready)
+
+    def has_table(self, owner: Hashable) -> bool:
+        """Whether owner has a table now."""
+        with self._lock:
+            return owner in self._tables
 
     def pin(self, owner: Hashable, first: int, count: int) -> Sequence[int]:
-        """Pin blocks [first, first + count) of owner's table for its handoff; their ids. Pins survive release(owner)."""
+        """Pin blocks [first, first + count) of owner's table for its handoff; their ids. Pins survive release(owner).
+        Pinning a pinned block again changes nothing.
+
+        Raises: KeyError; IndexError; ValueError for reserved blocks.
+        """
+        with self._lock:
+            table = self._tables[owner]
+            if first < 0 or count < 0 or first + count > len(table.blocks):
+                raise IndexError(f"table has {len(table.blocks)} blocks, not [{first}, {first + count})")
+            if first + count > table.committed:
+                raise ValueError("reserved blocks hold nothing to hand over")
+            if count == 0:
+                return ()
+            pins = self._pins.setdefault(owner, _Pins())
+            for index in range(first, first + count):
+                if index not in pins.blocks:
+                    pins.blocks[index] = table.blocks[index]
+                    self._pin_refs[table.blocks[index]] += 1
+            return tuple(table.blocks[first : first + count])
 
     def unpin(self, owner: Hashable, end_block: int | None = None) -> None:
         """Drop owner's pins of blocks with index below end_block (None: all). Idempotent, unknown owners ignored."""
+        with self._lock:
+            pins = self._pins.get(owner)
+            if pins is None:
+                return
+            below = [index for index in pins.blocks if end_block is None or index < end_block]
+            for index in reversed(below):
+                self._drop_pin(pins.blocks.pop(index))
+            if not pins.blocks:
+                del self._pins[owner]
+                self._touch(pins.hashes)
+        self._tell(bool(below))
 
     def release(self, owner: Hashable) -> None:
         """Drop owner's table (not its pins). Reserved blocks become free, hashed ones cached, others free. Idempotent."""
+        with self._lock:
+            table = self._tables.pop(owner, None)
+            if table is None:
+                return
+            self._reserved -= len(table.blocks) - table.committed
+            for block in reversed(table.blocks):
+                self._drop_ref(block)
+            self._touch(table.hashes)
+            if owner in self._pins:
+                self._pins[owner].hashes = table.hashes
+        self._tell(True)
 
-    def counts(self) -> BlockCounts: ...
+    def counts(self) -> BlockCounts:
+        """Blocks by state, now."""
+        with self._lock:
+            return self._counts()
 
     def held(self, owner: Hashable) -> int:
         """Blocks pinned or reserved for owner now (what the books call held)."""
+        with self._lock:
+            return self._held(owner)
 
     def pinned_owners(self) -> dict[Hashable, int]:
         """Owners of pins and reservations with their number of blocks: what stranded memory is looked for in."""
+        with self._lock:
+            owners = dict.fromkeys([*self._pins, *self._tables])
+            return {owner: held for owner in owners if (held := self._held(owner))}
 
-    def drain_events(self) -> CacheEvents: ...
+    def drain_events(self) -> CacheEvents:
+        """Net change since the last call. Bounded by twice the number of blocks even if nobody drains."""
+        with self._lock:
+            events = CacheEvents(tuple(self._stored), tuple(self._removed))
+            self._stored.clear()
+            self._removed.clear()
+            return events
 
     def cached_hashes(self) -> Sequence[bytes]:
         """All published hashes, for a snapshot."""
+        with self._lock:
+            return tuple(self._by_hash)
 
     def check(self) -> None:
         """Integrity. Raises: IntegrityError saying which sum or block is wrong."""
+        with self._lock:
+            problems = find_problems(self)
+        if problems:
+            raise IntegrityError("; ".join(problems))
+
+    # Everything below is called with the lock held.
+
+    def _take(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, keep_free: int, *, reserved: bool) -> int:
+        if owner in self._tables or owner in self._pins:
+            raise ValueError(f"{owner} has a table or pins already")
+        shared = self._matching(hashes[:num_blocks])
+        num_fresh = num_blocks - len(shared)
+        evictable_shared = sum(1 for block in shared if block in self._cached)
+        if not self._tables and not self._pins:
+            keep_free = 0
+        self._require(num_fresh, len(self._free) + len(self._cached) - evictable_shared, keep_free)
+        for block in shared:  # before any eviction, which must not take these
+            self._add_ref(block)
+        fresh = [self._take_fresh() for _ in range(num_fresh)]
+        committed = len(shared) if reserved else num_blocks
+        self._reserved += num_blocks - committed
+        self._tables[owner] = _Table([*shared, *fresh], committed, len(shared), len(shared), list(hashes[: len(shared)]))
+        return len(shared)
+
+    def _matching(self, hashes: Sequence[bytes]) -> list[int]:
+        blocks = []
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    @staticmethod
+    def _require(num_blocks: int, available: int, keep_free: int = 0) -> None:
+        if num_blocks and num_blocks + keep_free > available:
+            raise CacheFull(num_blocks, max(0, available - keep_free))
+
+    def _take_fresh(self) -> int:
+        """A block with one reference and no content; evicts if none is free. The caller made sure that there is one."""
+        if not self._free:
+            block, _ = self._cached.popitem(last=False)
+            self._unpublish(block)
+            self._free.append(block)
+        block = self._free.pop()
+        self._refs[block] = 1
+        return block
+
+    def _add_ref(self, block: int) -> None:
+        if self._refs[block] == 0:
+            if self._pin_refs[block]:
+                self._pinned -= 1
+            else:
+                del self._cached[block]
+        self._refs[block] += 1
+
+    def _drop_ref(self, block: int) -> None:
+        self._refs[block] -= 1
+        if self._refs[block] == 0:
+            if self._pin_refs[block]:
+                self._pinned += 1
+            else:
+                self._let_go(block)
+
+    def _drop_pin(self, block: int) -> None:
+        self._pin_refs[block] -= 1
+        if self._pin_refs[block] == 0 and self._refs[block] == 0:
+            self._pinned -= 1
+            self._let_go(block)
+
+    def _let_go(self, block: int) -> None:
+        if self._hash[block] is None:
+            self._free.append(block)
+        else:
+            self._cached[block] = None
+
+    def _touch(self, hashes: Sequence[bytes]) -> None:
+        """Make a chain the most recently used, its beginning most of all."""
+        for block_hash in reversed(hashes):
+            block = self._by_hash.get(block_hash)
+            if block is not None and block in self._cached:
+                self._cached.move_to_end(block)
+
+    def _publish(self, table: _Table, index: int, block_hash: bytes) -> None:
+        if index == len(table.hashes):
+            table.hashes.append(block_hash)
+        block = table.blocks[index]
+        if block_hash in self._by_hash or self._hash[block] is not None:
+            return
+        self._hash[block] = block_hash
+        self._by_hash[block_hash] = block
+        if block_hash in self._removed:
+            del self._removed[block_hash]
+        else:
+            self._stored[block_hash] = None
+
+    def _unpublish(self, block: int) -> None:
+        block_hash = self._hash[block]
+        assert block_hash is not None, "only published blocks are cached"
+        self._hash[block] = None
+        del self._by_hash[block_hash]
+        if block_hash in self._stored:
+            del self._stored[block_hash]
+        else:
+            self._removed[block_hash] = None
+
+    def _held(self, owner: Hashable) -> int:
+        pins = self._pins.get(owner)
+        table = self._tables.get(owner)
+        return (len(pins.blocks) if pins else 0) + (len(table.blocks) - table.committed if table else 0)
+
+    def _counts(self) -> BlockCounts:
+        free, cached, pinned, reserved = len(self._free), len(self._cached), self._pinned, self._reserved
+        return BlockCounts(self._total, free, cached, pinned, reserved, self._total - free - cached - pinned - reserved)
+
+    def _tell(self, freed: bool) -> None:
+        """Called without the lock."""
+        if freed:
+            for callback in self._listeners:
+                callback()
