@@ -67,7 +67,7 @@ class EngineRequest:
     """
 
     key: SequenceKey
-    token_ids: array[int]
+    token_ids: "array[int]"
     num_prompt_tokens: int
     cache_root: bytes
     work: Work

@@ -22,7 +22,7 @@ class ChunkItem:
     """
 
     key: SequenceKey
-    token_ids: array[int]  # the whole sequence, type code "I": prompt, then all output so far. Not to be changed or kept.
+    token_ids: "array[int]"  # the whole sequence, type code "I": prompt, then all output so far. Not to be changed or kept.
     start: int
     end: int
     table: Sequence[int]  # block ids in order. Not to be changed or kept: it grows later.
