@@ -1,0 +1,162 @@
+"""The `baton` command."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import psutil
+from rich.console import Console
+
+from baton_cli import chat as chat_command
+from baton_cli import state
+from baton_cli import status as status_command
+from baton_cli import up as up_command
+
+_COUNT = click.IntRange(1, 64)
+_folder = click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Where this Baton is written down (logs, etcd data). Default: ~/.local/state/baton",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="baton-cli")
+def main() -> None:
+    """Serve language models with prefill and decode in separate processes, and lose nothing on the way."""
+
+
+@main.command()
+@click.option(
+    "--engine", type=click.Choice(["torch", "sim"]), default="torch", show_default=True, help="Real model, or a timed simulation of one."
+)
+@click.option("--profile", default="instant", show_default=True, help="Timing of --engine sim: instant, polynomial, or a file.")
+@click.option(
+    "--model", type=click.Path(path_type=Path), default=None, help="Hugging Face folder (Llama, Qwen2, Qwen3). Default: the demo model."
+)
+@click.option("--served-name", default=None, help="Model name clients use. Default: the folder's name.")
+@click.option("--prefill", type=click.IntRange(0, 64), default=1, show_default=True, help="Prefill processes; 0: decode does everything.")
+@click.option("--decode", type=_COUNT, default=1, show_default=True, help="Decode processes.")
+@click.option("--router", type=_COUNT, default=1, show_default=True, help="Router processes.")
+@click.option("--kvtransfer", type=_COUNT, default=1, show_default=True, help="Kvtransfer processes.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address the HTTP server binds.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port of the HTTP server; 0: any free one.")
+@click.option("--etcd", default="", help="Endpoints of your own etcd, HOST:PORT[,HOST:PORT]. Default: an embedded one.")
+@click.option("--otlp", default="", help="OTLP gRPC endpoint for traces, e.g. 127.0.0.1:4317 (Jaeger).")
+@click.option(
+    "--trace-ratio", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of requests traced when --otlp is given."
+)
+@click.option("--detach", is_flag=True, help="Return when everything is ready; stop with: baton down")
+@click.option(
+    "--ready-timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds to wait for a process to be ready."
+)
+@_folder
+def up(
+    engine: str,
+    profile: str,
+    model: Path | None,
+    served_name: str | None,
+    prefill: int,
+    decode: int,
+    router: int,
+    kvtransfer: int,
+    host: str,
+    port: int,
+    etcd: str,
+    otlp: str,
+    trace_ratio: float,
+    detach: bool,
+    ready_timeout: float,
+    state_dir: Path | None,
+) -> None:
+    """Start etcd and the five services, watch over them, stop them on Ctrl-C."""
+    folder = (model or up_command.demo_model()).resolve()
+    options = up_command.Options(
+        engine=engine,
+        profile=str(Path(profile).resolve()) if Path(profile).is_file() else profile,
+        model=folder,
+        served_name=served_name or ("demo-recall" if model is None else folder.name),
+        counts={"frontend": 1, "router": router, "prefill": prefill, "decode": decode, "kvtransfer": kvtransfer},
+        host=host,
+        port=port,
+        otlp=otlp,
+        sample_ratio=trace_ratio if otlp else 0.0,
+        etcd=etcd,
+        folder=(state_dir or state.default_folder()).resolve(),
+        ready_limit_s=ready_timeout,
+    )
+    up_command.check(options)
+    if detach:
+        _detach(options)
+    else:
+        asyncio.run(up_command.run(options, Console(stderr=True)))
+
+
+def _detach(options: up_command.Options) -> None:
+    """Run the same command in a session of its own, and wait until it is ready or has ended."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    log = options.folder / "supervisor.log"
+    command = [sys.executable, "-m", "baton_cli.main", *(argument for argument in sys.argv[1:] if argument != "--detach")]
+    with log.open("wb") as file:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+    while child.poll() is None:
+        running = state.read(options.folder)
+        if running is not None and running.ready and running.pid == child.pid:
+            up_command.print_next_steps(Console(stderr=True), running.url, options)
+            return
+        time.sleep(0.1)
+    raise click.ClickException(f"Baton did not start:\n{log.read_text(errors='replace')}")
+
+
+@main.command()
+@_folder
+def down(state_dir: Path | None) -> None:
+    """Stop the Baton that runs here."""
+    folder = (state_dir or state.default_folder()).resolve()
+    running = state.require(folder)
+    os.kill(running.pid, signal.SIGTERM)
+    try:
+        psutil.Process(running.pid).wait(timeout=2 * up_command.STOP_LIMIT_S)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        raise click.ClickException(f"the supervisor (pid {running.pid}) is still stopping; look into {folder}") from None
+    click.echo("stopped", err=True)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--etcd", default="", help="Look there instead of at the Baton that runs here.")
+@_folder
+def status(as_json: bool, etcd: str, state_dir: Path | None) -> None:
+    """Show every instance, what it holds and what the books say."""
+    if not etcd:
+        etcd = state.require((state_dir or state.default_folder()).resolve()).etcd
+    report = asyncio.run(status_command.collect(etcd, up_command.NAMESPACE))
+    click.echo(status_command.to_json(report) if as_json else status_command.to_text(report))
+    if report.problems:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("message", required=False)
+@click.option("--url", default="", help="Server, e.g. http://127.0.0.1:8000. Default: the Baton that runs here.")
+@click.option("--model", default="", help="Model name. Default: the first one served.")
+@click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
+@_folder
+def chat(message: str | None, url: str, model: str, max_tokens: int | None, temperature: float, state_dir: Path | None) -> None:
+    """Talk to the model: one MESSAGE, or a conversation (end with Ctrl-D)."""
+    if not url:
+        url = state.require((state_dir or state.default_folder()).resolve()).url
+    asyncio.run(chat_command.run(url.rstrip("/"), model, message, max_tokens, temperature))
+
+
+if __name__ == "__main__":
+    main()

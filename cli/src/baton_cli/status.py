@@ -1,0 +1,171 @@
+"""`baton status`: every instance from discovery, what each worker holds, what the books say."""
+
+import asyncio
+from collections.abc import Iterable
+
+import grpc
+import msgspec
+from baton_contracts.discovery.v1 import instance_pb2 as pb
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2_grpc as kv_grpc
+from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb
+from baton_contracts.worker.v1 import worker_service_pb2_grpc as worker_grpc
+from baton_runtime.discovery import Discovery
+from baton_runtime.rpc import open_channel
+from rich.console import Console
+from rich.table import Table
+
+ASK_LIMIT_S = 2.0
+
+SERVICE_NAMES = {
+    pb.SERVICE_FRONTEND: "frontend",
+    pb.SERVICE_ROUTER: "router",
+    pb.SERVICE_PREFILL: "prefill",
+    pb.SERVICE_DECODE: "decode",
+    pb.SERVICE_KVTRANSFER: "kvtransfer",
+}
+
+
+class Blocks(msgspec.Struct):
+    """Blocks of a worker by state."""
+
+    total: int
+    free: int
+    cached: int
+    pinned: int
+    reserved: int
+    used: int
+
+
+class InstanceReport(msgspec.Struct):
+    """One instance; fields a service does not have are null."""
+
+    service: str
+    instance_id: str
+    incarnation: str
+    version: str
+    address: str  # host:port of gRPC, of HTTP for the frontend
+    pid: int
+    metrics: str  # host:port
+    draining: bool
+    state: str  # "ok", or what is wrong
+    model: str | None = None
+    transports: list[str] | None = None
+    blocks: Blocks | None = None
+    running_sequences: int | None = None
+    waiting_sequences: int | None = None
+    live_handoffs: int | None = None
+    stranded_bytes: int | None = None
+    mismatch_bytes: int | None = None
+    live_handoffs_in_books: int | None = None
+    agreed_handoffs: int | None = None
+
+
+class Report(msgspec.Struct):
+    """Everything `baton status` knows."""
+
+    etcd: str
+    instances: list[InstanceReport]
+    problems: list[str]
+
+
+async def collect(etcd: str, namespace: str) -> Report:
+    """Read discovery, ask every worker and every kvtransfer; each answer is waited for ASK_LIMIT_S at most."""
+    discovery = Discovery(etcd, namespace)
+    await discovery.start()
+    try:
+        view = discovery.view(*SERVICE_NAMES)
+        if not await view.synced(ASK_LIMIT_S * 2):
+            return Report(etcd, [], [f"etcd at {etcd} does not answer"])
+        instances = sorted(view.instances.values(), key=lambda i: (i.service, i.instance_id))
+    finally:
+        await discovery.close()
+    reports = list(await asyncio.gather(*(_report(instance) for instance in instances)))
+    problems = [f"{r.instance_id}: {r.state}" for r in reports if r.state != "ok"]
+    missing = set(SERVICE_NAMES.values()) - {r.service for r in reports}
+    problems += [f"no {name} is registered" for name in sorted(missing - {"prefill"})]
+    return Report(etcd, reports, problems)
+
+
+async def _report(instance: pb.Instance) -> InstanceReport:
+    report = InstanceReport(
+        service=SERVICE_NAMES.get(instance.service, "unknown"),
+        instance_id=instance.instance_id,
+        incarnation=instance.incarnation,
+        version=instance.version,
+        address=instance.http_address or instance.grpc_address,
+        pid=instance.pid,
+        metrics=instance.metrics_address,
+        draining=instance.draining,
+        state="ok",
+    )
+    if instance.HasField("model"):
+        report.model = instance.model.served_name
+        report.transports = [offer.name for offer in instance.transports]
+    try:
+        if instance.service in (pb.SERVICE_PREFILL, pb.SERVICE_DECODE):
+            await _ask_worker(instance, report)
+        elif instance.service == pb.SERVICE_KVTRANSFER:
+            await _ask_books(instance, report)
+    except grpc.aio.AioRpcError as error:
+        report.state = f"does not answer ({error.code().name})"
+    return report
+
+
+async def _ask_worker(instance: pb.Instance, report: InstanceReport) -> None:
+    async with open_channel(instance.grpc_address) as channel:
+        answer = await worker_grpc.WorkerServiceStub(channel).GetStatus(worker_pb.GetStatusRequest(), timeout=ASK_LIMIT_S)
+    counts = answer.load.blocks
+    report.blocks = Blocks(counts.total, counts.free, counts.cached, counts.pinned, counts.reserved, counts.used)
+    report.running_sequences = answer.load.running_sequences
+    report.waiting_sequences = answer.load.waiting_sequences
+    report.live_handoffs = answer.live_handoffs
+    report.stranded_bytes = answer.stranded_bytes
+    if answer.incarnation != instance.incarnation:
+        report.state = "another process answers at its address"
+    elif answer.integrity_error:
+        report.state = f"integrity: {answer.integrity_error}"
+    elif answer.stranded_bytes:
+        report.state = f"{answer.stranded_bytes} stranded bytes"
+
+
+async def _ask_books(instance: pb.Instance, report: InstanceReport) -> None:
+    async with open_channel(instance.grpc_address) as channel:
+        answer = await kv_grpc.KvTransferServiceStub(channel).GetBooks(kv_pb.GetBooksRequest(), timeout=ASK_LIMIT_S)
+    report.mismatch_bytes = answer.mismatch_bytes
+    report.live_handoffs_in_books = answer.live_handoffs
+    report.agreed_handoffs = answer.agreed_handoffs
+    if answer.mismatch_bytes:
+        report.state = f"books differ by {answer.mismatch_bytes} bytes"
+
+
+def to_json(report: Report) -> str:
+    """The report for machines."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
+
+
+def to_text(report: Report) -> str:
+    """The report for people."""
+    table = Table(box=None, header_style="bold")
+    for column in ("service", "instance", "version", "address", "pid", "metrics", "holds", "state"):
+        table.add_column(column, overflow="fold")
+    for r in report.instances:
+        state = "draining" if r.draining and r.state == "ok" else r.state
+        row = (r.service, r.instance_id, r.version, r.address, str(r.pid), r.metrics, " ".join(_holdings(r)))
+        table.add_row(*row, f"[green]{state}[/]" if state == "ok" else f"[red]{state}[/]")
+    console = Console()
+    with console.capture() as capture:
+        console.print(table)
+        for problem in report.problems:
+            console.print(f"[red]![/] {problem}", highlight=False)
+    return capture.get().rstrip()
+
+
+def _holdings(report: InstanceReport) -> Iterable[str]:
+    if report.blocks is not None:
+        b = report.blocks
+        yield f"{b.used + b.pinned + b.reserved}/{b.total} blocks, {b.cached} cached;"
+        yield f"{report.running_sequences} running, {report.waiting_sequences} waiting, {report.live_handoffs} handoffs"
+        yield f"({', '.join(report.transports or ())})"
+    if report.mismatch_bytes is not None:
+        yield f"{report.live_handoffs_in_books} live, {report.agreed_handoffs} agreed, {report.mismatch_bytes} bytes apart"

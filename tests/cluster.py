@@ -1,0 +1,181 @@
+"""A whole Baton of real processes for the cross-service tests, on free ports, over a real etcd."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+from baton_cli import status, up
+from baton_cli.processes import Child
+from baton_contracts.discovery.v1 import instance_pb2 as pb
+from baton_runtime.discovery import Discovery, View
+from baton_runtime.testing import EtcdProcess
+from prometheus_client.parser import text_string_to_metric_families
+
+READY_LIMIT_S = 60.0
+SETTLE_LIMIT_S = 5.0  # law 2
+
+T = TypeVar("T")
+
+
+async def until(what: str, check: Callable[[], Awaitable[T | None]], limit_s: float) -> T:
+    """Wait until check returns something true. Raises: AssertionError naming what was waited for."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        if result := await check():
+            return result
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        await asyncio.sleep(0.02)
+
+
+@dataclass
+class Cluster:
+    """Five services and etcd; nothing restarts a process that dies, tests do that themselves."""
+
+    etcd: EtcdProcess
+    options: up.Options
+    view: View
+    http: aiohttp.ClientSession
+    children: dict[str, Child] = field(default_factory=dict)
+    url: str = ""
+
+    def instance(self, name: str) -> pb.Instance:
+        """The last known record of an instance, e.g. "prefill-0"."""
+        return next(i for i in self.view.instances.values() if i.instance_id == name)
+
+    def signal(self, name: str, signum: signal.Signals) -> None:
+        """Send a signal to a process of ours."""
+        self.children[name].send(signum)
+
+    async def start(self, name: str) -> None:
+        """Start (or start again) one process and wait until discovery has that very life of it."""
+        child = self.children[name]
+        await child.start()
+        await self.ready(name)
+
+    async def ready(self, name: str) -> pb.Instance:
+        """Wait until a started process is in discovery."""
+        child = self.children[name]
+
+        async def registered() -> pb.Instance | None:
+            assert child.is_running, f"{name} ended ({child.exit_text()}):\n{child.last_lines(40)}"
+            assert child.process is not None
+            return next((i for i in self.view.instances.values() if i.instance_id == name and i.pid == child.process.pid), None)
+
+        return await until(f"{name} ready", registered, READY_LIMIT_S)
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL and wait for the end."""
+        self.signal(name, signal.SIGKILL)
+        process = self.children[name].process
+        assert process is not None
+        await process.wait()
+
+    async def metrics(self, name: str) -> Mapping[str, float]:
+        """Samples of an instance: "name" or 'name{label="value"}' -> value; and the sum over labels under the bare name."""
+        async with self.http.get(f"http://{self.instance(name).metrics_address}/metrics") as response:
+            text = await response.text()
+        values: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items()))
+                values[f"{sample.name}{{{labels}}}"] = sample.value
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+        return values
+
+    async def complete(self, **body: object) -> dict:
+        """POST /v1/completions, not streamed. Raises AssertionError unless 200."""
+        async with self.http.post(f"{self.url}/v1/completions", json={"model": self.options.served_name, **body}) as response:
+            answer = await response.json()
+            assert response.status == 200, answer
+            return answer
+
+    async def report(self) -> status.Report:
+        """What `baton status` says."""
+        return await status.collect(self.options.etcd, up.NAMESPACE)
+
+    async def settled(self, *, without: tuple[str, ...] = (), limit_s: float = SETTLE_LIMIT_S) -> None:
+        """Wait until every live worker is idle and sound and the books agree. `without`: instances that are dead or stopped."""
+        last = ""
+
+        async def idle() -> bool:
+            nonlocal last
+            report = await self.report()
+            last = unsettled(report, without)
+            return not last
+
+        try:
+            await until("settled", idle, limit_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {last}") from None
+
+
+def unsettled(report: status.Report, without: tuple[str, ...]) -> str:
+    """What keeps a cluster from being idle and sound; empty if nothing does."""
+    found = []
+    for instance in report.instances:
+        if instance.instance_id in without:
+            continue
+        if instance.state != "ok":
+            found.append(f"{instance.instance_id}: {instance.state}")
+        if (blocks := instance.blocks) is not None and blocks.pinned + blocks.reserved + blocks.used:
+            found.append(f"{instance.instance_id}: {blocks}")
+        if instance.live_handoffs or instance.live_handoffs_in_books or instance.running_sequences or instance.waiting_sequences:
+            found.append(f"{instance.instance_id}: {instance}")
+    return "; ".join(found)
+
+
+@asynccontextmanager
+async def cluster(
+    folder: Path,
+    *,
+    engine: str = "sim",
+    profile: str = "instant",
+    model: Path | None = None,
+    prefill: int = 1,
+    decode: int = 1,
+    router: int = 1,
+    kvtransfer: int = 1,
+    otlp: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> AsyncIterator[Cluster]:
+    """A running Baton; every process ends with the block, and its last lines are shown if it did not come up."""
+    async with EtcdProcess() as etcd:
+        options = up.Options(
+            engine=engine,
+            profile=profile,
+            model=model or up.demo_model(),
+            served_name="test-model",
+            counts={"frontend": 1, "router": router, "prefill": prefill, "decode": decode, "kvtransfer": kvtransfer},
+            host="127.0.0.1",
+            port=0,
+            otlp=otlp,
+            sample_ratio=1.0 if otlp else 0.0,
+            etcd=etcd.endpoint,
+            folder=folder,
+            ready_limit_s=READY_LIMIT_S,
+            environment=dict(environment or {}),
+        )
+        discovery = Discovery(etcd.endpoint, up.NAMESPACE)
+        await discovery.start()
+        children = up.plan(options, etcd.endpoint)
+        try:
+            async with aiohttp.ClientSession() as http:
+                made = Cluster(etcd, options, discovery.view(*up.SERVICES.values()), http, {c.name: c for c in children})
+                for child in children:
+                    await child.start()
+                for child in children:
+                    await made.ready(child.name)
+                made.url = f"http://{made.instance('frontend-0').http_address}"
+                yield made
+        finally:
+            await discovery.close()
+            for child in children:
+                child.send(signal.SIGKILL)
+                if child.process is not None:
+                    await child.process.wait()
