@@ -1,0 +1,235 @@
+"""The life of a service process: start, serve, drain, close.
+
+    def main() -> None:
+        run(lambda: DecodeService(load(DecodeConfig, "decode", config_file("decode"))))
+
+SIGTERM or SIGINT: drain (at most drain_grace_s), then close. A second one ends the drain and closes at once. Exit codes: 0 stopped as
+asked, 1 failed, 2 the configuration is wrong (one line on stderr).
+"""
+
+import abc
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import ClassVar, NoReturn
+
+import uvloop
+
+from baton_runtime.config import CommonConfig, effective
+from baton_runtime.errors import ConfigError
+from baton_runtime.log import configure_logging, get_logger
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+CLOSE_LIMIT_S = 4.0
+# After close the interpreter waits for non-daemon threads; one stuck in a native call must not keep the process alive.
+EXIT_LIMIT_S = 3.0
+STALL_TICK_S = 0.1
+
+log = get_logger(__name__)
+
+
+def new_incarnation() -> str:
+    """Name of one life of an instance: 16 random lower-case hex digits."""
+    return secrets.token_hex(8)
+
+
+class Service(abc.ABC):
+    """A process's one service. Made inside the running loop; start, drain and close run in one task.
+
+    In start(), enter components into `closing` in the order in which they start; `close()` ends them in reverse order. Put
+    background work into `tasks`: a TaskGroup that ends with the service; an exception in it closes the process (exit 1).
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: CommonConfig) -> None:
+        self.config = config
+        self.incarnation = new_incarnation()
+        self.instance_id = config.instance_id or f"{self.name}-{self.incarnation[:6]}"
+        self.closing = contextlib.AsyncExitStack()
+        self.tasks = asyncio.TaskGroup()
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Return once the service serves. Last steps: `log_ready`, then register in discovery."""
+
+    async def drain(self) -> None:  # noqa: B027  # nothing to do is a valid answer
+        """Leave discovery, refuse new work, return when what runs is over. May be cancelled at any await."""
+
+    async def close(self) -> None:
+        """End every component, in reverse order of their start. Idempotent."""
+        await self.closing.aclose()
+
+    def log_ready(self, grpc_address: str = "", http_address: str = "", metrics_address: str = "") -> None:
+        """Log `service_ready`: from now on the service answers at these host:port addresses (empty: has none)."""
+        log.info(
+            "service_ready",
+            grpc_address=grpc_address,
+            http_address=http_address,
+            metrics_address=metrics_address,
+            pid=os.getpid(),
+            # also bound by configure_logging; named here because supervisors read this one line
+            instance_id=self.instance_id,
+            incarnation=self.incarnation,
+        )
+
+
+def run(service_factory: Callable[[], Service]) -> NoReturn:
+    """Run a service until a signal or a failure, then exit the process."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(serve(service_factory))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    last_resort = threading.Timer(EXIT_LIMIT_S, os._exit, [code])
+    last_resort.daemon = True
+    last_resort.start()
+    sys.exit(code)
+
+
+async def serve(service_factory: Callable[[], Service]) -> int:
+    """What `run` runs, in the caller's loop. Returns the exit code."""
+    try:
+        service = service_factory()
+    except ConfigError as e:
+        return _config_failed(e)
+    config = service.config
+    configure_logging(service.name, service.instance_id, service.incarnation, config.log_level, config.log_format)
+    log.info("config_effective", config=effective(config))
+    try:
+        return await _Life(service).run()
+    except* ConfigError as group:
+        return_code = _config_failed(next(iter(_leaves(group))))
+    except* Exception as group:
+        log.error("service_failed", exc_info=group)
+        return_code = EXIT_FAILED
+    return return_code
+
+
+def _leaves(group: BaseExceptionGroup[ConfigError]) -> list[ConfigError]:
+    found: list[ConfigError] = []
+    for inner in group.exceptions:
+        found += _leaves(inner) if isinstance(inner, BaseExceptionGroup) else [inner]
+    return found
+
+
+def _config_failed(error: ConfigError) -> int:
+    sys.stderr.write(f"baton: configuration error: {error}\n")
+    return EXIT_CONFIG
+
+
+class _Life:
+    """One service between its signals. Each phase waits in an asyncio.timeout that a signal moves to now."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._signals = 0
+        self._phase: asyncio.Timeout | None = None
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            async with self._service.tasks:
+                try:
+                    await self._start_and_wait()
+                finally:
+                    await self._close()
+                self._service.tasks.create_task(_end_of_tasks(), name="end-of-tasks")
+        except* _TasksEnded:
+            pass
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+        return EXIT_OK
+
+    async def _start_and_wait(self) -> None:
+        if not await self._until_signal(self._service.start()):
+            return
+        await self._until_signal(asyncio.Event().wait())
+        log.info("service_draining", grace_s=self._service.config.drain_grace_s)
+        began = time.monotonic()
+        is_complete = await self._until_signal(self._service.drain(), self._service.config.drain_grace_s)
+        log.info("service_drained", complete=is_complete, duration_s=round(time.monotonic() - began, 3))
+
+    async def _until_signal(self, phase: Awaitable[object], limit_s: float | None = None) -> bool:
+        """Run a phase until it is done (True), or a new signal or the limit ends it (False)."""
+        scope = self._phase = asyncio.timeout(limit_s)
+        try:
+            async with scope:
+                await phase
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return False
+        finally:
+            self._phase = None
+        return True
+
+    def _on_signal(self, number: int) -> None:
+        self._signals += 1
+        log.info("signal_received", signal=signal.Signals(number).name, count=self._signals)
+        if self._phase is not None and not self._phase.expired():
+            self._phase.reschedule(asyncio.get_running_loop().time())
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_LIMIT_S):
+                await self._service.close()
+        except TimeoutError:
+            log.error("close_timed_out", limit_s=CLOSE_LIMIT_S)
+        log.info("service_closed")
+
+
+class _TasksEnded(Exception):
+    """Ends the service's TaskGroup, whose tasks run for ever, the way a TaskGroup ends: one of them fails."""
+
+
+async def _end_of_tasks() -> None:
+    raise _TasksEnded
+
+
+def _boot_clock() -> float:
+    # Counts the time a suspended machine sleeps, which CLOCK_MONOTONIC does not; peers have fenced us meanwhile.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class LoopStallWatch:
+    """Notices that this process's own loop stood still (stopped, suspended, blocked) for longer than its peers tolerate.
+
+    on_stall(stood_still_s) is called once per stall, from the loop; it must fence handoffs and streams before they are touched.
+    Run `run()` in a TaskGroup. A callback that happens to run before the watch does is not protected: those that must be
+    call `check()` first.
+    """
+
+    def __init__(
+        self, limit_s: float = 2.0, on_stall: Callable[[float], None] = lambda _: None, clock: Callable[[], float] = _boot_clock
+    ) -> None:
+        self._limit_s = limit_s
+        self._on_stall = on_stall
+        self._clock = clock
+        self._last: float | None = None
+
+    def check(self) -> bool:
+        """True if the loop stood still since the last tick; on_stall has been called then. Cheap."""
+        now = self._clock()
+        stood_still_s = now - self._last - STALL_TICK_S if self._last is not None else 0.0
+        if stood_still_s <= self._limit_s:
+            return False
+        self._last = now
+        log.warning("loop_stalled", stood_still_s=round(stood_still_s, 3))
+        self._on_stall(stood_still_s)
+        return True
+
+    async def run(self) -> None:
+        """Tick every 100 ms until cancelled."""
+        while True:
+            self.check()
+            self._last = self._clock()
+            await asyncio.sleep(STALL_TICK_S)

@@ -1,0 +1,86 @@
+"""Prometheus endpoint of a process: GET /metrics, and GET /health for load balancers.
+
+    server = MetricsServer()
+    bytes_total = Counter("baton_handoff_bytes", "Bytes pulled and confirmed.", registry=server.registry)
+
+Metrics are named baton_*, with units; no per-request labels. The registry belongs to the process, not to the module
+prometheus_client, so that two services in one test do not meet.
+"""
+
+import asyncio
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from baton_runtime.errors import ConfigError
+from baton_runtime.rpc import advertised_address, split_address
+
+REQUEST_LIMIT_S = 5.0
+_MAX_HEAD_BYTES = 16 << 10
+
+
+class MetricsServer:
+    """A small HTTP/1.1 server: one answer per connection, bounded in time and in bytes read."""
+
+    def __init__(self, registry: CollectorRegistry | None = None, advertise: str = "") -> None:
+        if registry is None:
+            registry = CollectorRegistry()
+            ProcessCollector(registry=registry)
+            PlatformCollector(registry=registry)
+        self.registry = registry
+        self._advertise = advertise
+        self._server: asyncio.Server | None = None
+
+    async def start(self, listen: str) -> str:
+        """Serve. Returns: host:port for others (of advertise only the host is used).
+
+        Raises: ConfigError if listen cannot be bound, or is a wildcard while no host is advertised.
+        """
+        try:
+            host, port = split_address(listen)
+            self._server = await asyncio.start_server(self._answer, host.strip("[]"), port or 0, limit=_MAX_HEAD_BYTES)
+        except (OSError, ValueError) as e:
+            raise ConfigError("metrics_listen", f"cannot bind {listen!r}: {e}") from e
+        bound_port = self._server.sockets[0].getsockname()[1]
+        try:
+            return advertised_address(f"{host}:{port or 0}", bound_port, split_address(self._advertise)[0])
+        except ConfigError:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Stop serving. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(REQUEST_LIMIT_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(self._response(head.decode("latin-1")))
+                await writer.drain()
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
+            pass  # a client that is slow, gone or talks nonsense gets no answer
+        finally:
+            writer.close()
+
+    def _response(self, head: str) -> bytes:
+        request_line, *header_lines = head.split("\r\n")
+        method, path, *_ = [*request_line.split(" "), "", ""]
+        if method != "GET":
+            return _http("405 Method Not Allowed", "text/plain", b"only GET\n")
+        match path.partition("?")[0]:
+            case "/metrics":
+                headers = dict(line.lower().split(":", 1) for line in header_lines if ":" in line)
+                encode, content_type = choose_encoder(headers.get("accept", "").strip())
+                return _http("200 OK", content_type, encode(self.registry))
+            case "/health":
+                return _http("200 OK", "text/plain", b"ok\n")
+        return _http("404 Not Found", "text/plain", b"/metrics or /health\n")
+
+
+def _http(status: str, content_type: str, body: bytes) -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return head.encode("latin-1") + body
