@@ -1,0 +1,143 @@
+"""What the router knows of each worker: its record, its load, its speeds, whether it may get work."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from baton_contracts.discovery.v1 import instance_pb2 as discovery
+from baton_contracts.worker.v1 import worker_service_pb2 as worker
+
+# docs/handoff.md, section 4.
+SUSPECT_AFTER_S = 1.0
+STUCK_STEP_MIN_S = 2.0
+STUCK_STEP_FACTOR = 4.0
+PAIR_BARRED_S = 10.0
+# A placement is counted by us until the worker's own load, sent every 250 ms, must contain it.
+UNSEEN_S = 0.6
+# Weight of the newest sample of a speed; about the last 50 steps count.
+SMOOTHING = 0.02
+
+
+@dataclass
+class PrefillSpeed:
+    """Step length as overhead_us + us_per_token * tokens, fitted online by exponentially weighted least squares."""
+
+    us_per_token: float
+    overhead_us: float = 0.0
+    _weight: float = 0.0
+    _x: float = 0.0
+    _y: float = 0.0
+    _xx: float = 0.0
+    _xy: float = 0.0
+
+    def add(self, tokens: int, duration_us: int) -> None:
+        """One step that computed `tokens` prompt tokens."""
+        share = max(SMOOTHING, 1.0 / (self._weight + 1.0))
+        self._weight += 1.0
+        for name, value in (("_x", tokens), ("_y", duration_us), ("_xx", tokens * tokens), ("_xy", tokens * duration_us)):
+            setattr(self, name, getattr(self, name) * (1 - share) + value * share)
+        variance = self._xx - self._x * self._x
+        if variance > 1.0 and (slope := (self._xy - self._x * self._y) / variance) > 0:
+            self.us_per_token, self.overhead_us = slope, max(0.0, self._y - slope * self._x)
+        elif self._x:  # all steps of one size: no slope to be seen
+            self.us_per_token, self.overhead_us = self._y / self._x, 0.0
+
+    def predict_us(self, tokens: int) -> float:
+        """Time to compute tokens, in us."""
+        return self.overhead_us + self.us_per_token * tokens if tokens else 0.0
+
+
+@dataclass
+class Worker:
+    """One life of a prefill or decode instance."""
+
+    record: discovery.Instance
+    bit: int
+    speed: PrefillSpeed
+    load: worker.WorkerLoad = field(default_factory=worker.WorkerLoad)
+    decode_step_us: float = 0.0
+    heard_at: float = float("-inf")  # last message of its feed, our monotonic clock
+    beat: worker.Beat = field(default_factory=worker.Beat)
+    fenced_at: float = float("-inf")  # a frontend's report; its own feed newer than that lifts it
+    _unseen: OrderedDict[int, tuple[float, int]] = field(default_factory=OrderedDict)  # placement -> (when, prefill tokens)
+
+    @property
+    def incarnation(self) -> str:
+        """The life this is."""
+        return self.record.incarnation
+
+    def can(self, capability: discovery.Capability) -> bool:
+        """Whether it accepts that kind of work."""
+        return capability in self.record.capabilities
+
+    def is_open(self, now: float) -> bool:
+        """Whether it may get new work: heard of lately, steps moving, not draining, not fenced by a frontend since."""
+        age_s, predicted_s = self.beat.running_step_age_us / 1e6, self.beat.predicted_step_us / 1e6
+        is_stuck = age_s > max(STUCK_STEP_MIN_S, STUCK_STEP_FACTOR * predicted_s)
+        is_heard = now - self.heard_at <= SUSPECT_AFTER_S and self.heard_at > self.fenced_at
+        return is_heard and not is_stuck and not self.record.draining and not self.load.draining
+
+    def heard(self, beat: worker.Beat, now: float) -> None:
+        """A message of its feed came."""
+        self.beat = beat
+        self.heard_at = now
+
+    def reported(self, load: worker.WorkerLoad, now: float) -> None:
+        """Its load came."""
+        self.load = load
+        for sample in load.samples:
+            if sample.prefill_tokens:
+                self.speed.add(sample.prefill_tokens, sample.duration_us)
+            elif sample.decode_sequences:
+                self.decode_step_us += (sample.duration_us - self.decode_step_us) * (SMOOTHING if self.decode_step_us else 1.0)
+        while self._unseen and now - next(iter(self._unseen.values()))[0] > UNSEEN_S:
+            self._unseen.popitem(last=False)
+
+    def placed(self, query: int, prefill_tokens: int, now: float) -> None:
+        """Work was given to it that its load does not show yet."""
+        self._unseen[query] = (now, prefill_tokens)
+
+    def ended(self, query: int) -> None:
+        """That work is over or elsewhere."""
+        self._unseen.pop(query, None)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences it has or is about to have."""
+        return int(self.load.running_sequences + self.load.waiting_sequences) + len(self._unseen)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not run yet."""
+        return int(self.load.waiting_sequences) + len(self._unseen)
+
+    def queue_us(self) -> float:
+        """Predicted wait for a new prompt."""
+        return self.speed.predict_us(int(self.load.waiting_prefill_tokens) + sum(tokens for _, tokens in self._unseen.values()))
+
+
+class Fleet:
+    """All known workers by incarnation, and pairs that cannot reach each other."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, Worker] = {}
+        self._barred: dict[tuple[str, str], float] = {}
+
+    def serving(self, model: str) -> list[Worker]:
+        """Workers of that model, whatever their state."""
+        return [w for w in self.workers.values() if w.record.model.served_name == model]
+
+    def bar(self, prefill: str, decode: str, now: float) -> None:
+        """These two cannot reach each other: no pair of them for a while."""
+        self._barred = {pair: until for pair, until in self._barred.items() if until > now}
+        self._barred[prefill, decode] = now + PAIR_BARRED_S
+
+    def is_barred(self, prefill: str, decode: str, now: float) -> bool:
+        """Whether that pair was reported lately."""
+        return self._barred.get((prefill, decode), float("-inf")) > now
+
+    def fence(self, incarnations: Iterable[str], now: float) -> None:
+        """A frontend lost these: no new work until their own feed is heard again."""
+        for incarnation in incarnations:
+            if found := self.workers.get(incarnation):
+                found.fenced_at = now

@@ -1,0 +1,153 @@
+"""Where a request should run: a pair, or decode alone. Plain decisions in predicted time, no I/O.
+
+predicted time to first token = queue + uncached tokens x measured prefill speed + exposed transfer + decode's step. Only
+the last chunk's bytes are exposed (the rest moves while prefill computes), but every byte has a price, so that a decode
+instance that has the prefix wins over one that has not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton_contracts.discovery.v1 import instance_pb2 as discovery
+from baton_contracts.router.v1 import router_service_pb2 as pb
+
+from baton_router.config import RouterConfig
+from baton_router.fleet import Fleet, Worker
+from baton_router.index import BlockIndex
+
+HASH_BYTES = 16
+RETRY_AFTER_MS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run a request; times in us."""
+
+    decode: Worker
+    prefill: Worker | None
+    queue_us: float
+    prefill_us: float
+    transfer_us: float
+    decode_us: float
+    decode_cached_tokens: int
+    prefill_cached_tokens: int
+
+    @property
+    def total_us(self) -> float:
+        """Predicted time to the first token."""
+        return self.queue_us + self.prefill_us + self.transfer_us + self.decode_us
+
+
+class Placer:
+    """Chooses; keeps nothing but what it placed lately (so that two queries in a row do not pile up on one worker)."""
+
+    def __init__(self, config: RouterConfig, fleet: Fleet, index: BlockIndex) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._index = index
+
+    def place(self, query: pb.Query, placement_id: int, now: float) -> pb.Answer:
+        """Answer one query. placement_id names it for `ended`."""
+        serving = self._fleet.serving(query.model)
+        if not serving:
+            return _refused(query, "MODEL_UNKNOWN", f"no worker serves model {query.model!r}")
+        if all(query.num_tokens > w.record.model.max_model_tokens for w in serving):
+            longest = max(w.record.model.max_model_tokens for w in serving)
+            return _refused(query, "TOO_LONG", f"{query.num_tokens} tokens; the model takes {longest}")
+        usable = [w for w in serving if w.is_open(now) and w.incarnation not in query.excluded_incarnations]
+        roomy = [w for w in usable if w.num_waiting < self._config.max_waiting_sequences]
+        options = self._options(query, roomy, now)
+        if not options:
+            return self._nothing(query, usable, roomy)
+        best = self._best(query, options)
+        best.decode.placed(placement_id, 0 if best.prefill else query.num_tokens, now)
+        if best.prefill:
+            best.prefill.placed(placement_id, query.num_tokens - 1 - best.prefill_cached_tokens, now)
+        return pb.Answer(query_id=query.query_id, placement=_placement(best))
+
+    def ended(self, placement_id: int) -> None:
+        """A placed request is over, or has left: take back what was added to its workers' load."""
+        for known in self._fleet.workers.values():
+            known.ended(placement_id)
+
+    def _options(self, query: pb.Query, workers: Sequence[Worker], now: float) -> list[Option]:
+        cached = self._cached_tokens(query, workers)
+        alone = [w for w in workers if w.can(discovery.CAPABILITY_WHOLE)]
+        sinks = [w for w in workers if w.can(discovery.CAPABILITY_DECODE_FROM)]
+        sources = [w for w in workers if w.can(discovery.CAPABILITY_PREFILL_FOR)]
+        options = [self._alone(query, w, cached) for w in alone]
+        if query.num_tokens > 1:  # one token: there is no KV to hand over
+            options += [
+                self._pair(query, source, sink, cached)
+                for source in sources
+                for sink in sinks
+                if not self._fleet.is_barred(source.incarnation, sink.incarnation, now)
+            ]
+        return options
+
+    def _cached_tokens(self, query: pb.Query, workers: Sequence[Worker]) -> dict[str, int]:
+        """Leading tokens of the query each worker has cached, by incarnation, at most all but the last one."""
+        raw = query.block_hashes
+        chain = [raw[i : i + HASH_BYTES] for i in range(0, len(raw), HASH_BYTES)]
+        by_stride: dict[tuple[int, int], int] = {}  # (links per engine block, tokens per engine block) -> mask
+        for w in workers:
+            key = (max(1, w.record.layout.block_tokens // max(1, w.record.model.hash_block_tokens)), w.record.layout.block_tokens)
+            by_stride[key] = by_stride.get(key, 0) | 1 << w.bit
+        tokens_of_bit: dict[int, int] = {}
+        for (stride, block_tokens), mask in by_stride.items():
+            found = self._index.match(chain[stride - 1 :: stride], mask)
+            tokens_of_bit |= {bit: min(links * block_tokens, query.num_tokens - 1) for bit, links in found.items()}
+        return {w.incarnation: tokens_of_bit.get(w.bit, 0) for w in workers}
+
+    def _alone(self, query: pb.Query, w: Worker, cached: dict[str, int]) -> Option:
+        have = cached[w.incarnation]
+        prefill_us = w.speed.predict_us(query.num_tokens - have)
+        return Option(w, None, w.queue_us(), prefill_us, 0.0, _decode_us(w), have, have)
+
+    def _pair(self, query: pb.Query, source: Worker, sink: Worker, cached: dict[str, int]) -> Option:
+        at_source, at_sink = cached[source.incarnation], cached[sink.incarnation]
+        layout = source.record.layout
+        to_move = (query.num_tokens - 1 - at_sink) * layout.block_bytes / max(1, layout.block_tokens)
+        transfer_us = to_move / self._config.default_link_bytes_per_s * 1e6
+        prefill_us = source.speed.predict_us(query.num_tokens - 1 - at_source)
+        return Option(sink, source, source.queue_us(), prefill_us, transfer_us, _decode_us(sink), at_sink, at_source)
+
+    def _best(self, query: pb.Query, options: list[Option]) -> Option:
+        """New requests keep decode free of prefill unless next to nothing is to be computed; a resume takes what is soonest."""
+        pairs = [o for o in options if o.prefill]
+        alone = [o for o in options if not o.prefill]
+        if pairs and query.attempt <= 1:
+            limit = self._config.decode_alone_max_tokens
+            alone = [o for o in alone if query.num_tokens - 1 - o.decode_cached_tokens <= limit]
+        return min(pairs + alone, key=lambda o: (o.total_us, o.decode.num_sequences, o.prefill.num_sequences if o.prefill else 0))
+
+    def _nothing(self, query: pb.Query, usable: Sequence[Worker], roomy: Sequence[Worker]) -> pb.Answer:
+        if len(roomy) < len(usable):
+            text = f"every worker has {self._config.max_waiting_sequences} sequences waiting"
+            return _refused(query, "OVERLOADED", text, RETRY_AFTER_MS)
+        return _refused(query, "NO_INSTANCE", f"no worker of model {query.model!r} is ready", RETRY_AFTER_MS)
+
+
+def _decode_us(w: Worker) -> float:
+    """A new sequence's first step, and its share of what it adds to the others."""
+    return w.decode_step_us * (1 + w.num_sequences)
+
+
+def _target(w: Worker, cached_tokens: int) -> pb.Target:
+    return pb.Target(
+        instance_id=w.record.instance_id, incarnation=w.incarnation, address=w.record.grpc_address, cached_tokens=cached_tokens
+    )
+
+
+def _placement(option: Option) -> pb.Placement:
+    return pb.Placement(
+        decode=_target(option.decode, option.decode_cached_tokens),
+        prefill=_target(option.prefill, option.prefill_cached_tokens) if option.prefill else None,
+        predicted_queue_us=int(option.queue_us),
+        predicted_prefill_us=int(option.prefill_us),
+        predicted_transfer_us=int(option.transfer_us),
+    )
+
+
+def _refused(query: pb.Query, reason: str, message: str, retry_after_ms: int = 0) -> pb.Answer:
+    return pb.Answer(query_id=query.query_id, refusal=pb.Refusal(reason=reason, message=message, retry_after_ms=retry_after_ms))

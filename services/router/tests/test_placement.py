@@ -1,0 +1,202 @@
+from array import array
+
+import pytest
+from baton_contracts.discovery.v1 import instance_pb2 as discovery
+from baton_contracts.router.v1 import router_service_pb2 as pb
+from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb
+from baton_router.config import RouterConfig
+from baton_router.fleet import Fleet, PrefillSpeed, Worker
+from baton_router.index import BlockIndex
+from baton_router.placement import Placer
+from baton_runtime.hashing import chain_hashes
+
+BLOCK = 16
+CAPABILITIES = {
+    discovery.SERVICE_PREFILL: [discovery.CAPABILITY_PREFILL_FOR],
+    discovery.SERVICE_DECODE: [discovery.CAPABILITY_DECODE_FROM, discovery.CAPABILITY_WHOLE],
+}
+
+
+class House:
+    """A placer over a fleet made by hand; time stands still at 100 s."""
+
+    now = 100.0
+
+    def __init__(self, **settings: object) -> None:
+        self.config = RouterConfig(**settings)
+        self.fleet, self.index = Fleet(), BlockIndex(10_000)
+        self.placer = Placer(self.config, self.fleet, self.index)
+        self._ids = iter(range(1, 1000))
+
+    def add(self, name: str, service: discovery.Service, block_tokens: int = BLOCK, **load: int) -> Worker:
+        record = discovery.Instance(
+            service=service,
+            instance_id=name,
+            incarnation=f"inc-{name}",
+            grpc_address=f"host:{len(self.fleet.workers)}",
+            model=discovery.Model(served_name="m", hash_block_tokens=BLOCK, max_model_tokens=4096),
+            layout=discovery.KvLayout(block_tokens=block_tokens, block_bytes=1024 * block_tokens),
+            capabilities=CAPABILITIES[service],
+        )
+        added = Worker(record, self.index.add_worker(), PrefillSpeed(50.0))
+        added.heard(worker_pb.Beat(), self.now)
+        added.reported(worker_pb.WorkerLoad(**load), self.now)
+        self.fleet.workers[added.incarnation] = added
+        return added
+
+    def pair(self) -> tuple[Worker, Worker]:
+        return self.add("p0", discovery.SERVICE_PREFILL), self.add("d0", discovery.SERVICE_DECODE)
+
+    def ask(self, num_tokens: int = 100, attempt: int = 1, chain: list[bytes] | None = None, **fields: object) -> pb.Answer:
+        query = pb.Query(query_id=7, request_id="r", attempt=attempt, model="m", num_tokens=num_tokens, **fields)
+        query.block_hashes = b"".join(chain or [])
+        return self.placer.place(query, next(self._ids), self.now)
+
+
+def hashes(num_tokens: int) -> list[bytes]:
+    return chain_hashes(bytes(16), array("I", range(num_tokens)), BLOCK)
+
+
+def test_a_prompt_is_placed_on_a_pair() -> None:
+    house = House()
+    house.pair()
+    placement = house.ask().placement
+    assert (placement.prefill.instance_id, placement.decode.instance_id) == ("p0", "d0")
+    assert placement.predicted_prefill_us == 99 * 50
+
+
+def test_without_prefill_instances_decode_does_it_all() -> None:
+    house = House()
+    house.add("d0", discovery.SERVICE_DECODE)
+    answer = house.ask()
+    assert answer.placement.decode.instance_id == "d0"
+    assert not answer.placement.HasField("prefill")
+
+
+def test_one_token_has_nothing_to_hand_over_and_goes_to_decode_alone() -> None:
+    house = House()
+    house.pair()
+    assert not house.ask(num_tokens=1).placement.HasField("prefill")
+
+
+def test_a_prompt_decode_has_cached_is_not_prefilled_elsewhere() -> None:
+    house = House()
+    _, decode = house.pair()
+    house.index.store(decode.bit, hashes(64))
+    answer = house.ask(num_tokens=65, chain=hashes(65))
+    assert not answer.placement.HasField("prefill")
+    assert answer.placement.decode.cached_tokens == 64
+
+
+def test_the_decode_instance_with_the_prefix_wins() -> None:
+    house = House()
+    house.pair()
+    better = house.add("d1", discovery.SERVICE_DECODE)
+    house.index.store(better.bit, hashes(64))
+    assert house.ask(num_tokens=100, chain=hashes(100)).placement.decode.instance_id == "d1"
+
+
+def test_hits_of_a_worker_with_larger_blocks_are_counted_in_its_blocks() -> None:
+    house = House()
+    house.pair()
+    large = house.add("d1", discovery.SERVICE_DECODE, block_tokens=4 * BLOCK)
+    house.index.store(large.bit, hashes(192)[3::4][:2])
+    placement = house.ask(num_tokens=200, chain=hashes(200)).placement
+    assert (placement.decode.instance_id, placement.decode.cached_tokens) == ("d1", 128)
+
+
+def test_queries_in_a_row_spread_over_equal_workers() -> None:
+    house = House()
+    for name in ("p0", "p1"):
+        house.add(name, discovery.SERVICE_PREFILL)
+    for name in ("d0", "d1"):
+        house.add(name, discovery.SERVICE_DECODE)
+    placed = [house.ask().placement for _ in range(4)]
+    assert sorted(p.prefill.instance_id for p in placed) == ["p0", "p0", "p1", "p1"]
+    assert sorted(p.decode.instance_id for p in placed) == ["d0", "d0", "d1", "d1"]
+
+
+def test_a_long_prefill_queue_sends_the_prompt_to_the_other_instance() -> None:
+    house = House()
+    house.pair()
+    house.fleet.workers["inc-p0"].load.waiting_prefill_tokens = 100_000
+    house.add("p1", discovery.SERVICE_PREFILL)
+    assert house.ask().placement.prefill.instance_id == "p1"
+
+
+@pytest.mark.parametrize("how", ["silent", "draining", "stuck", "fenced", "excluded"])
+def test_a_worker_in_trouble_gets_no_new_work(how: str) -> None:
+    house = House()
+    _, decode = house.pair()
+    other = house.add("d1", discovery.SERVICE_DECODE)
+    other.load.running_sequences = 50
+    excluded = []
+    if how == "silent":
+        decode.heard_at = house.now - 1.1
+    elif how == "draining":
+        decode.record.draining = True
+    elif how == "stuck":
+        decode.beat = worker_pb.Beat(step=9, running_step_age_us=2_100_000, predicted_step_us=100_000)
+    elif how == "fenced":
+        house.fleet.fence(["inc-d0"], house.now)
+    else:
+        excluded = ["inc-d0"]
+    assert house.ask(excluded_incarnations=excluded).placement.decode.instance_id == "d1"
+
+
+def test_a_fenced_worker_is_used_again_once_its_own_feed_speaks() -> None:
+    house = House()
+    house.pair()
+    house.fleet.fence(["inc-d0"], house.now)
+    assert house.ask().refusal.reason == "NO_INSTANCE"
+    house.fleet.workers["inc-d0"].heard(worker_pb.Beat(), house.now + 0.1)
+    assert house.ask().placement.decode.instance_id == "d0"
+
+
+def test_a_pair_without_a_path_is_barred_for_ten_seconds_and_only_that_pair() -> None:
+    house = House()
+    house.pair()
+    house.add("p1", discovery.SERVICE_PREFILL).load.waiting_prefill_tokens = 10_000
+    house.fleet.bar("inc-p0", "inc-d0", house.now - 9.9)
+    assert house.ask().placement.prefill.instance_id == "p1"
+    house.fleet.bar("inc-p0", "inc-d0", house.now - 10.1)
+    assert house.ask().placement.prefill.instance_id == "p0"
+
+
+def test_a_resume_takes_whatever_is_soonest() -> None:
+    house = House()
+    _, decode = house.pair()
+    house.fleet.workers["inc-p0"].load.waiting_prefill_tokens = 100_000
+    house.index.store(decode.bit, hashes(64))
+    assert house.ask(num_tokens=100, chain=hashes(100), attempt=1).placement.HasField("prefill")
+    assert not house.ask(num_tokens=100, chain=hashes(100), attempt=2).placement.HasField("prefill")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "model", "reason", "retry_after_ms"),
+    [(100, "other", "MODEL_UNKNOWN", 0), (5000, "m", "TOO_LONG", 0), (100, "m", "OVERLOADED", 500)],
+)
+def test_what_cannot_be_placed_is_refused_with_its_reason(num_tokens: int, model: str, reason: str, retry_after_ms: int) -> None:
+    house = House(max_waiting_sequences=5)
+    for added in house.pair():
+        added.load.waiting_sequences = 5
+    query = pb.Query(query_id=7, model=model, num_tokens=num_tokens, attempt=1)
+    refusal = house.placer.place(query, 1, house.now).refusal
+    assert (refusal.reason, refusal.retry_after_ms) == (reason, retry_after_ms)
+
+
+def test_an_ended_placement_no_longer_counts() -> None:
+    house = House()
+    prefill, decode = house.pair()
+    house.placer.place(pb.Query(query_id=7, model="m", num_tokens=100, attempt=1), 42, house.now)
+    assert (prefill.queue_us(), decode.num_sequences) == (99 * 50, 1)
+    house.placer.ended(42)
+    assert (prefill.queue_us(), decode.num_sequences) == (0, 0)
+
+
+def test_speed_is_fitted_from_steps() -> None:
+    speed = PrefillSpeed(50.0)
+    for tokens in (64, 512, 128, 2048, 1024, 256) * 20:
+        speed.add(tokens, 5_000 + 15 * tokens)
+    assert speed.predict_us(1000) == pytest.approx(20_000, rel=0.02)
+    assert speed.predict_us(0) == 0
