@@ -1,1 +1,1 @@
-"""What prefill and decode share: Attach server, engine driver, cache events, statistics, drain."""
+"""What prefill and decode share. The way of a Start through the files: attach_service, frontends, attach, starts, dispatch."""

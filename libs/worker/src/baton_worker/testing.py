@@ -1,0 +1,158 @@
+"""Fakes for tests of what uses this package; no timing, no I/O."""
+
+from array import array
+
+from baton_contracts.worker.v1 import worker_service_pb2 as pb
+from baton_engine.api import SequenceKey, StepOutput
+from baton_runtime.errors import BatonError
+
+from baton_worker.frontends import Frontends
+
+
+class FakeControl:
+    """Runs sequences by hand: a started one draws token `100 * position` whenever `step` names it, until it is ended.
+
+    refuse: raised by start while set. live, paused, cancelled, forbidden, first_tokens: what was asked for so far.
+    """
+
+    def __init__(self) -> None:
+        self.frontends: Frontends | None = None
+        self.refuse: BatonError | None = None
+        self.live: dict[SequenceKey, int] = {}  # next position
+        self.paused: set[SequenceKey] = set()
+        self.cancelled: dict[SequenceKey, pb.FinishReason] = {}
+        self.forbidden: list[tuple[str, int]] = []
+        self.first_tokens: list[SequenceKey] = []
+
+    def start(self, start: pb.Start) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.live[SequenceKey(start.request_id, start.attempt)] = len(start.token_ids) // 4 - start.num_prompt_tokens
+
+    def cancel(self, key: SequenceKey, reason: "pb.FinishReason") -> None:
+        assert key in self.live
+        self.cancelled[key] = reason
+
+    def forbid(self, request_id: str, attempt: int) -> None:
+        self.forbidden.append((request_id, attempt))
+
+    def pause(self, key: SequenceKey) -> None:
+        assert key in self.live
+        assert key not in self.paused
+        self.paused.add(key)
+
+    def resume(self, key: SequenceKey) -> None:
+        self.paused.remove(key)
+
+    def first_token(self, key: SequenceKey) -> None:
+        self.first_tokens.append(key)
+
+    def step(self, *keys: SequenceKey, num_steps: int = 1) -> None:
+        """Draw num_steps tokens for these (default: all) live sequences that are not paused."""
+        assert self.frontends is not None
+        for _ in range(num_steps):
+            output = StepOutput(step=0)
+            for key in keys or list(self.live):
+                if key in self.live and key not in self.paused:
+                    output.keys.append(key)
+                    output.positions.append(self.live[key])
+                    output.token_ids.append(token_at(self.live[key]))
+                    self.live[key] += 1
+            self.frontends.on_output(output)
+
+    def end(self, key: SequenceKey, reason: "pb.FinishReason", now: float = 0.0) -> None:
+        """End a live sequence; with the reason of its cancel if it was cancelled."""
+        assert self.frontends is not None
+        del self.live[key]
+        self.paused.discard(key)
+        self.frontends.end(key, pb.Finished(reason=self.cancelled.get(key, reason)), now)
+
+    def end_cancelled(self, now: float = 0.0) -> None:
+        """End everything that was cancelled, as an engine does at its next step."""
+        for key in [key for key in self.cancelled if key in self.live]:
+            self.end(key, pb.FINISH_REASON_CANCELLED, now)
+
+
+class FakeStream:
+    """What a session sees of a gRPC stream."""
+
+    def __init__(self) -> None:
+        self.num_wakes = 0
+        self.error: BatonError | None = None
+
+    def wake(self) -> None:
+        self.num_wakes += 1
+
+    def end(self, error: BatonError) -> None:
+        self.error = error
+
+
+def token_at(position: int) -> int:
+    """The token FakeControl draws at an output position."""
+    return 100 * position
+
+
+def start_message(
+    slot: int, request_id: str, attempt: int = 1, *, prompt: int = 4, delivered: int = 0, max_tokens: int = 1 << 20
+) -> pb.Start:
+    """A valid Start of whole work: prompt tokens 1, 2, ..., and delivered output as FakeControl draws it."""
+    token_ids = array("I", [*range(1, prompt + 1), *(token_at(p) for p in range(delivered))])
+    return pb.Start(
+        slot=slot,
+        request_id=request_id,
+        attempt=attempt,
+        priority=pb.PRIORITY_INTERACTIVE,
+        token_ids=token_ids.tobytes(),
+        num_prompt_tokens=prompt,
+        cache_root=bytes(16),
+        sampling=pb.Sampling(seed=1, max_tokens=max_tokens),
+        whole=pb.Whole(),
+    )
+
+
+class FrontendModel:
+    """The other end of a session as docs/worker.md wants it: collects tokens, refuses gaps, repeats and second ends."""
+
+    def __init__(self, incarnation: str = "f1") -> None:
+        self.incarnation = incarnation
+        self.session = 0
+        self.next_position: dict[int, int] = {}
+        self.keys: dict[int, SequenceKey] = {}
+        self.tokens: dict[SequenceKey, list[int]] = {}
+        self.finished: dict[SequenceKey, pb.Finished] = {}
+        self.processed_frame = 0
+
+    def hello(self) -> pb.AttachHello:
+        """Opens the next stream, naming every sequence whose end has not come."""
+        self.session += 1
+        self.processed_frame = 0
+        resumes = [
+            pb.Resume(slot=slot, request_id=key.request_id, attempt=key.attempt, next_position=self.next_position[slot])
+            for slot, key in self.keys.items()
+        ]
+        return pb.AttachHello(
+            contract_version=1, instance_id="frontend-0", incarnation=self.incarnation, session=self.session, resumes=resumes
+        )
+
+    def started(self, start: pb.Start) -> pb.Start:
+        """Note a Start that is about to be sent."""
+        key = SequenceKey(start.request_id, start.attempt)
+        self.keys[start.slot] = key
+        self.next_position[start.slot] = len(start.token_ids) // 4 - start.num_prompt_tokens
+        self.tokens[key] = []
+        return start
+
+    def process(self, frame: pb.AttachResponse) -> None:
+        """Take in a frame. Raises: AssertionError for anything the contract rules out."""
+        assert frame.frame == self.processed_frame + 1
+        self.processed_frame = frame.frame
+        slots, positions, token_ids = array("I", frame.slots), array("I", frame.positions), array("I", frame.token_ids)
+        assert len(slots) == len(positions) == len(token_ids)
+        for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
+            assert position == self.next_position[slot], f"slot {slot}: position {position}, not {self.next_position[slot]}"
+            self.next_position[slot] += 1
+            self.tokens[self.keys[slot]].append(token_id)
+        for finished in frame.finished:
+            key = self.keys.pop(finished.slot)
+            assert key not in self.finished
+            self.finished[key] = finished
