@@ -87,6 +87,26 @@ class Wire(RuleBasedStateMachine):
         if frame is not None:
             self.down.append(frame)
 
+    @precondition(lambda self: self.is_attached)
+    @rule(
+        num_steps=st.integers(0, 20),
+        num_frames=st.integers(0, 3),
+        num_read=st.integers(0, 3),
+        acknowledges=st.booleans(),
+        hears=st.booleans(),
+    )
+    def round(self, num_steps: int, num_frames: int, num_read: int, acknowledges: bool, hears: bool) -> None:
+        """A stretch of ordinary traffic: without it, random single moves seldom get a token across."""
+        while hears and self.up:
+            self.worker_receives()
+        self.control.step(num_steps=num_steps)
+        for _ in range(num_frames):
+            self.worker_writes()
+        for _ in range(min(num_read, len(self.down))):
+            self.frontend_receives()
+        if acknowledges:
+            self.frontend_acknowledges()
+
     @rule(num_steps=st.integers(1, 12))
     def engine_steps(self, num_steps: int) -> None:
         self.control.step(num_steps=num_steps)
@@ -110,11 +130,17 @@ class Wire(RuleBasedStateMachine):
         self.up.clear()
         self.down.clear()
 
+    @precondition(lambda self: not self.is_attached)
     @rule()
     def frontend_attaches_again(self) -> None:
         self._reattach()
 
-    @rule(seconds=st.sampled_from([0.1, 0.5, 1.5]))
+    @precondition(lambda self: self.is_attached and len(self.down) > 1)
+    @rule()
+    def frontend_replaces_a_healthy_stream(self) -> None:
+        self._reattach()
+
+    @rule(seconds=st.sampled_from([0.1, 0.5, 1.1]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.frontends.tick(self.now)
@@ -156,5 +182,5 @@ class Wire(RuleBasedStateMachine):
                 assert first + len(tokens) == self.drawn_at_end[key]
 
 
-Wire.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+Wire.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestWire = Wire.TestCase
