@@ -1,7 +1,6 @@
 import threading
 
 import pytest
-
 from baton_engine.blocks import BlockCounts, BlockManager, CacheEvents, CacheFull, IntegrityError, TablePrefix
 
 

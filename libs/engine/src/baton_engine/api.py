@@ -193,13 +193,21 @@ class StepEngine(Protocol):
 
         PREFILL_ONLY and DECODE_ONLY sequences own their table in `blocks` already (acquire or reserve + commit, under
         request.key); WHOLE ones get theirs when scheduled.
+
+        Raises: SequenceTooLong, InvalidArgument; nothing was kept then, and a table is still the caller's.
         """
 
     def cancel(self, key: SequenceKey) -> None:
         """End a sequence at the next step with CANCELLED. Unknown keys are ignored."""
 
+    def pause(self, key: SequenceKey) -> None:
+        """Leave a sequence out of steps from the next one on; it keeps its blocks. Unknown keys are ignored."""
+
+    def resume(self, key: SequenceKey) -> None:
+        """Undo pause. Unknown keys are ignored."""
+
     def has_work(self) -> bool:
-        """Whether step would do anything."""
+        """Whether plan and step would do anything now. False while everything is paused or waits for blocks."""
 
     def plan(self) -> float:
         """Choose what the next step runs; its predicted length in seconds, at most 0.25."""
@@ -227,11 +235,21 @@ class Engine(Protocol):
     def start(self, request: EngineRequest) -> None:
         """Queue a sequence; what becomes of it arrives in outputs().
 
-        Raises: QueueFull, SequenceTooLong; nothing was kept then.
+        PREFILL_ONLY and DECODE_ONLY sequences own a table in `blocks` under request.key; from here on the engine releases
+        it, at the end it reports. They were admitted by whoever made the table, so only WHOLE ones count against the queue.
+
+        Raises: QueueFull, SequenceTooLong, InvalidArgument, EngineFailed; nothing was kept then, and a table is still the caller's.
         """
 
     def cancel(self, key: SequenceKey) -> None:
         """End a sequence within one step. Unknown keys are ignored; exactly one SequenceEnd comes for known ones."""
+
+    def pause(self, key: SequenceKey) -> None:
+        """Leave a sequence out of steps, soon: at most one more token of it follows. It stays admitted and keeps its blocks;
+        the worker pauses what a frontend does not take in time, and resumes or cancels it. Unknown keys are ignored."""
+
+    def resume(self, key: SequenceKey) -> None:
+        """Undo pause. Unknown keys are ignored."""
 
     def outputs(self) -> AsyncIterator[StepOutput]:
         """Step outputs in order, one consumer. Ends when the engine closes; raises EngineFailed if it died."""

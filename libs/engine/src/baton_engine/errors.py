@@ -1,40 +1,64 @@
-"""Errors of the block manager and the engines. What a service must answer to its callers is the service's mapping.
+"""Errors of the block manager and the engines.
 
-CacheFull        not enough blocks; nothing was taken
-IntegrityError   the block manager's own books are wrong: a bug
-SequenceTooLong  the request can never run here
-EngineFailed     the engine died or was closed
-StepFailed       a step failed because of known sequences; raised by runners only
-ProfileError     a sim profile or a model folder is not usable; names the field
+BatonError (runtime)       reason              status
+|- CacheFull               CACHE_FULL          RESOURCE_EXHAUSTED   not enough blocks; nothing was taken
+|- InvalidArgument
+|  |- SequenceTooLong      SEQUENCE_TOO_LONG   INVALID_ARGUMENT     it can never run here
+|  `- ConfigError
+|     `- ProfileError      PROFILE_INVALID     INVALID_ARGUMENT     a sim profile is not usable
+|- Unavailable
+|  `- EngineFailed         ENGINE_FAILED       UNAVAILABLE          the engine died or was closed
+`- IntegrityError          KV_INTEGRITY        INTERNAL             the block manager's books are wrong: a bug
+StepFailed                 never leaves the engine
 """
 
 from collections.abc import Hashable, Iterable
 
+import grpc
+from baton_runtime.errors import BatonError, ConfigError, InvalidArgument, Unavailable
 
-class CacheFull(Exception):
+
+class CacheFull(BatonError):
     """Fewer blocks are free or evictable than asked for. Nothing was taken."""
 
+    reason = "CACHE_FULL"
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+
     def __init__(self, needed: int, available: int) -> None:
+        super().__init__(f"{needed} blocks needed, {available} free or evictable", needed=needed, available=available)
         self.needed = needed
         self.available = available
-        super().__init__(f"{needed} blocks needed, {available} free or evictable")
 
 
-class IntegrityError(Exception):
+class IntegrityError(BatonError):
     """The block manager contradicts itself."""
 
+    reason = "KV_INTEGRITY"
+    status = grpc.StatusCode.INTERNAL
 
-class SequenceTooLong(Exception):
-    """The sequence does not fit into the model's length or the whole pool."""
+
+class SequenceTooLong(InvalidArgument):
+    """The sequence, and the first token drawn, do not fit into the model's length or the whole pool."""
+
+    reason = "SEQUENCE_TOO_LONG"
 
     def __init__(self, num_tokens: int, limit_tokens: int) -> None:
+        super().__init__("token_ids", f"{num_tokens} tokens, at most {limit_tokens} fit")
         self.num_tokens = num_tokens
         self.limit_tokens = limit_tokens
-        super().__init__(f"{num_tokens} tokens and the first drawn one exceed the limit of {limit_tokens}")
 
 
-class EngineFailed(Exception):
+class ProfileError(ConfigError):
+    """A sim profile cannot be used; names the file and the field."""
+
+    reason = "PROFILE_INVALID"
+
+
+class EngineFailed(Unavailable):
     """The engine has ended; every sequence it had was reported as ended."""
+
+    reason = "ENGINE_FAILED"
 
 
 class StepFailed(Exception):
@@ -43,12 +67,3 @@ class StepFailed(Exception):
     def __init__(self, keys: Iterable[Hashable], message: str) -> None:
         self.keys = frozenset(keys)
         super().__init__(message)
-
-
-class ProfileError(Exception):
-    """A configuration file cannot be used."""
-
-    def __init__(self, source: str, field: str, problem: str) -> None:
-        self.source = source
-        self.field = field
-        super().__init__(f"{source}: {field}: {problem}")

@@ -1,0 +1,96 @@
+"""Makes engines in two stages, because the worker allocates the pool in shared memory between them.
+
+loaded = build_engine("torch", Path("model"))          # reads weights; tells info and layout
+pool = KvPool(memory(loaded.num_blocks(kv_memory_bytes), loaded.layout.block_bytes), loaded.layout)
+engine = loaded.bind(pool)                             # then: await engine.open()
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton_runtime.errors import ConfigError
+
+from baton_engine.api import EngineInfo
+from baton_engine.driver import DrivenEngine
+from baton_engine.paged_engine import PagedEngine
+from baton_engine.pool import BlockLayout, KvPool
+from baton_engine.runner import ModelRunner
+from baton_engine.scheduler import SchedulerLimits
+from baton_engine.sim_profile import load_profile
+from baton_engine.sim_runner import SimRunner
+
+KINDS = ("sim", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine without its memory."""
+
+    runner: ModelRunner
+    limits: SchedulerLimits
+    hash_block_tokens: int
+    max_waiting: int
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it is."""
+        return self.runner.info
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Shape of the blocks its pool must have."""
+        return self.runner.layout
+
+    def num_blocks(self, kv_memory_bytes: int) -> int:
+        """Blocks that fit into so much memory. Raises: ConfigError if not even one does."""
+        num_blocks = kv_memory_bytes // self.layout.block_bytes
+        if num_blocks < 1:
+            raise ConfigError("kv_memory_bytes", f"{kv_memory_bytes} is less than one block of {self.layout.block_bytes} bytes")
+        return num_blocks
+
+    def bind(self, pool: KvPool) -> DrivenEngine:
+        """The engine on its memory, to be opened. The pool must have this layout. Call it once."""
+        if pool.layout != self.layout:
+            raise ValueError(f"pool of {pool.layout} for an engine of {self.layout}")
+        step_engine = PagedEngine(self.runner, pool, limits=self.limits, hash_block_tokens=self.hash_block_tokens)
+        return DrivenEngine(step_engine, max_waiting=self.max_waiting)
+
+
+def build_engine(
+    kind: str,
+    model_path: Path | None = None,
+    profile: str = "instant",
+    *,
+    block_tokens: int = 16,
+    hash_block_tokens: int = 0,
+    max_batch_sequences: int = 64,
+    max_chunk_tokens: int = 2048,
+    max_mixed_step_s: float = 0.25,
+    max_waiting: int = 64,
+) -> LoadedEngine:
+    """Load an engine of kind "sim" or "torch".
+
+    model_path: Hugging Face folder; optional for sim, which takes only sizes and token ids from it. profile: sim only, a
+    shipped name or a path. hash_block_tokens: granularity of the hash chain, divides block_tokens; 0: block_tokens.
+    max_mixed_step_s: bound on predicted steps while sequences decode along. Blocking; takes as long as reading the weights.
+    Raises: ConfigError (ProfileError for a profile) naming the setting; ModelFolderError from the torch engine.
+    """
+    hash_block_tokens = hash_block_tokens or block_tokens
+    if block_tokens < 1 or block_tokens % hash_block_tokens:
+        raise ConfigError("block_tokens", f"{block_tokens} is not a multiple of hash_block_tokens={hash_block_tokens}")
+    limits = SchedulerLimits(block_tokens, max_batch_sequences, max_chunk_tokens, max_mixed_step_s=max_mixed_step_s)
+    return LoadedEngine(_runner(kind, model_path, profile, block_tokens), limits, hash_block_tokens, max_waiting)
+
+
+def _runner(kind: str, model_path: Path | None, profile: str, block_tokens: int) -> ModelRunner:
+    if kind == "sim":
+        return SimRunner(load_profile(profile), block_tokens, model_path)
+    if kind != "torch":
+        raise ConfigError("engine", f"{kind!r} is not one of {', '.join(KINDS)}")
+    if model_path is None:
+        raise ConfigError("model", "the torch engine needs a model folder")
+    try:
+        from baton_engine.torch_runner import load_torch_runner  # an extra: sim must work without torch
+    except ImportError as error:
+        raise ConfigError("engine", f"torch needs the extra baton-engine[torch]: {error}") from error
+    return load_torch_runner(model_path, block_tokens)

@@ -1,0 +1,302 @@
+"""The step engine of sim and torch: scheduler, block manager and a model runner put together."""
+
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from baton_runtime.errors import InvalidArgument
+from baton_runtime.hashing import block_hashes
+
+from baton_engine.api import (
+    BlocksReady,
+    EndReason,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    SequenceEnd,
+    SequenceKey,
+    StepOutput,
+    Work,
+)
+from baton_engine.blocks import BlockManager
+from baton_engine.errors import SequenceTooLong, StepFailed
+from baton_engine.pool import KvPool
+from baton_engine.runner import ChunkItem, Draw, ModelRunner
+from baton_engine.scheduler import Chunk, Plan, Scheduler, SchedulerLimits
+from baton_engine.sequence import SequenceState
+
+
+class PagedEngine:
+    """StepEngine over a paged pool. All methods but stats are for one thread.
+
+    Who frees blocks: every end releases the sequence's table here, before it is reported; pins of announced blocks stay
+    until the handoff unpins them.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: KvPool,
+        blocks: BlockManager | None = None,
+        *,
+        limits: SchedulerLimits | None = None,
+        hash_block_tokens: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """hash_block_tokens: granularity of the hash chain, divides the block size; 0: the block size."""
+        self.info: EngineInfo = runner.info
+        self.pool = pool
+        self.blocks = blocks if blocks is not None else BlockManager(pool.num_blocks)
+        self._block_tokens = pool.layout.block_tokens
+        self._hash_block_tokens = hash_block_tokens or self._block_tokens
+        if self._block_tokens % self._hash_block_tokens:
+            raise InvalidArgument("hash_block_tokens", f"{hash_block_tokens} does not divide the block size {self._block_tokens}")
+        limits = limits or SchedulerLimits(block_tokens=self._block_tokens)
+        if limits.block_tokens != self._block_tokens:
+            raise InvalidArgument("limits.block_tokens", f"{limits.block_tokens} is not the pool's {self._block_tokens}")
+        self._runner = runner
+        self._clock = clock
+        self._scheduler = Scheduler(self.blocks, limits, runner.predict_s)
+        self._plan = Plan()
+        self._output = StepOutput(step=0)
+        self._cancels: set[SequenceKey] = set()
+        self._arrivals: list[SequenceState] = []  # added since the last plan
+        self._num_added = 0
+        self._step = 0
+        self._stats = EngineStats(0, 0, 0, 0)
+        runner.bind(pool)
+
+    def add(self, request: EngineRequest) -> None:
+        """See StepEngine.add.
+
+        Raises: SequenceTooLong, InvalidArgument; nothing was kept then, and a table the caller made is still the caller's.
+        """
+        check_request(request, self.info, self.pool.num_blocks * self._block_tokens)
+        if self._scheduler.get(request.key) or any(state.key == request.key for state in self._arrivals):
+            raise InvalidArgument("key", "this attempt is in the engine already")
+        state = SequenceState(request, self._num_added, self._clock(), array("I", request.token_ids))
+        num_kv = request.num_kv_tokens
+        state.hashes = block_hashes(request.cache_root, request.token_ids[:num_kv], self._hash_block_tokens, self._block_tokens)
+        if request.work is not Work.WHOLE or self.blocks.has_table(request.key):
+            self._adopt_table(state)
+        self._num_added += 1
+        self._arrivals.append(state)
+        before = self._stats
+        self._stats = replace(
+            before,
+            waiting_sequences=before.waiting_sequences + 1,
+            waiting_prefill_tokens=before.waiting_prefill_tokens + state.remaining,
+        )
+
+    def cancel(self, key: SequenceKey) -> None:
+        """See StepEngine.cancel."""
+        if self._scheduler.get(key) or any(state.key == key for state in self._arrivals):
+            self._cancels.add(key)
+
+    def pause(self, key: SequenceKey) -> None:
+        """See StepEngine.pause."""
+        self._admit_arrivals()
+        if (state := self._scheduler.get(key)) is not None:
+            self._scheduler.pause(state)
+
+    def resume(self, key: SequenceKey) -> None:
+        """See StepEngine.resume."""
+        self._admit_arrivals()
+        if (state := self._scheduler.get(key)) is not None:
+            self._scheduler.resume(state)
+
+    def has_work(self) -> bool:
+        """See StepEngine.has_work."""
+        return bool(self._cancels or self._arrivals or self._has_output() or self._scheduler.has_work())
+
+    def plan(self) -> float:
+        """See StepEngine.plan."""
+        self._admit_arrivals()
+        for key in self._cancels:
+            if (state := self._scheduler.get(key)) is not None:
+                self._end(state, EndReason.CANCELLED)
+        self._cancels.clear()
+        self._plan = self._scheduler.plan()
+        for state in self._plan.preempted:
+            self._end(state, EndReason.PREEMPTED)
+        return self._plan.predicted_s
+
+    def step(self) -> StepOutput:
+        """See StepEngine.step."""
+        self._step += 1
+        started_at = self._clock()
+        if self._plan.chunks:
+            self._run(self._plan)
+        output, self._output = self._output, StepOutput(step=0)
+        output.step = self._step
+        output.duration_s = self._clock() - started_at
+        self._plan = Plan()
+        self._update_stats()
+        return output
+
+    def stats(self) -> EngineStats:
+        """See StepEngine.stats."""
+        return self._stats
+
+    def _adopt_table(self, state: SequenceState) -> None:
+        """Take over the table the worker made, and what is in it already."""
+        request = state.request
+        if not self.blocks.has_table(request.key):
+            raise InvalidArgument("key", f"{request.work.value} needs a table in the block manager")
+        prefix = self.blocks.prefix(request.key)
+        state.table = list(self.blocks.table(request.key))
+        num_kv, block_tokens = request.num_kv_tokens, self._block_tokens
+        state.computed = min(prefix.ready * block_tokens, num_kv)
+        state.cached_tokens = min(prefix.shared * block_tokens, num_kv)
+        state.published = min(prefix.ready, num_kv // block_tokens)
+        state.announced = request.first_announced_block
+        if request.work is Work.DECODE_ONLY and state.computed < num_kv:
+            raise InvalidArgument("work", f"decode_only with {state.computed} of {num_kv} tokens committed")
+        if len(state.table) * block_tokens < num_kv:
+            raise InvalidArgument("key", f"table of {len(state.table)} blocks for {num_kv} tokens")
+
+    def _admit_arrivals(self) -> None:
+        """Queue what was added; what has nothing to compute ends here."""
+        for state in self._arrivals:
+            self._scheduler.add(state)
+            if state.is_prefill_only:
+                self._announce(state)
+                if state.remaining == 0:
+                    self._end(state, EndReason.PREFILLED)
+            elif self._is_at_length(state):
+                self._end(state, EndReason.LENGTH)
+        self._arrivals.clear()
+
+    def _run(self, plan: Plan) -> None:
+        output = self._output
+        self._clear_unwritten(plan.chunks)
+        items = [self._item(chunk) for chunk in plan.chunks]
+        try:
+            draws = self._runner.run(items)
+        except StepFailed as failure:
+            self._end_guilty(plan.chunks, failure)
+            return
+        output.prefill_tokens = plan.load.prefill_tokens
+        output.decode_sequences = plan.load.decode_sequences
+        output.kv_tokens = sum(chunk.end for chunk in plan.chunks)
+        for chunk, draw in zip(plan.chunks, draws, strict=True):
+            self._advance(chunk, draw)
+
+    @staticmethod
+    def _item(chunk: Chunk) -> ChunkItem:
+        state = chunk.state
+        draws = not state.is_prefill_only and chunk.end == len(state.tokens)
+        request = state.request
+        return ChunkItem(state.key, state.tokens, chunk.start, chunk.end, state.table, draws, request.sampling, request.num_prompt_tokens)
+
+    def _clear_unwritten(self, chunks: list[Chunk]) -> None:
+        """Zero what a runner may read but nobody has written: it must be finite (see ModelRunner)."""
+        block_tokens = self._block_tokens
+        for state, start, end in chunks:
+            first_slot = start % block_tokens
+            if not state.started and first_slot:  # a partial block that came by a pull: its tail is whatever was there
+                self._zero_slots(state.table[start // block_tokens], first_slot)
+            if end % block_tokens and end // block_tokens * block_tokens >= start:
+                self._zero_slots(state.table[end // block_tokens], 0)
+
+    def _zero_slots(self, block: int, first_slot: int) -> None:
+        layout = self.pool.layout
+        self.pool.data[block].reshape(layout.num_layers * 2, layout.block_tokens, -1)[:, first_slot:] = 0
+
+    def _advance(self, chunk: Chunk, draw: Draw | None) -> None:
+        state, output = chunk.state, self._output
+        state.computed = chunk.end
+        state.last_step = self._step
+        if not state.started:
+            state.started = True
+            output.started.append(state.key)
+        self._publish(state)
+        if state.is_prefill_only:
+            self._announce(state)
+            if state.remaining == 0:
+                self._end(state, EndReason.PREFILLED)
+        elif draw is not None:
+            self._append(state, draw)
+
+    def _publish(self, state: SequenceState) -> None:
+        for index in range(state.published, state.computed // self._block_tokens):
+            self.blocks.publish(state.key, index, state.hash_of(index, self._block_tokens, self._hash_block_tokens))
+            state.published = index + 1
+
+    def _announce(self, state: SequenceState) -> None:
+        """Pin and report blocks that are complete since the last time; the partial last block counts when all is computed."""
+        num_kv, block_tokens = state.goal, self._block_tokens
+        end_block = -(-num_kv // block_tokens) if state.computed == num_kv else state.computed // block_tokens
+        if end_block > state.announced:
+            block_ids = self.blocks.pin(state.key, state.announced, end_block - state.announced)
+            ready = BlocksReady(state.key, state.announced, block_ids, state.cached_tokens, self._clock())
+            self._output.ready.append(ready)
+            state.announced = end_block
+
+    def _append(self, state: SequenceState, draw: Draw) -> None:
+        output, sampling, position = self._output, state.request.sampling, len(state.tokens) - state.request.num_prompt_tokens
+        state.tokens.append(draw.token_id)
+        state.drawn += 1
+        output.keys.append(state.key)
+        output.positions.append(position)
+        output.token_ids.append(draw.token_id)
+        if draw.logprobs is not None:
+            output.logprobs.append(draw.logprobs)
+        is_eos = draw.token_id in self.info.eos_token_ids and not sampling.ignore_eos
+        if position >= sampling.min_tokens and (is_eos or draw.token_id in sampling.stop_token_ids):
+            self._end(state, EndReason.STOP, stop_token_id=draw.token_id)
+        elif self._is_at_length(state):
+            self._end(state, EndReason.LENGTH)
+
+    def _is_at_length(self, state: SequenceState) -> bool:
+        num_tokens = len(state.tokens)
+        limit = min(self.info.max_model_tokens, self.pool.num_blocks * self._block_tokens + 1)
+        return num_tokens >= limit or num_tokens - state.request.num_prompt_tokens >= state.request.sampling.max_tokens
+
+    def _end_guilty(self, chunks: list[Chunk], failure: StepFailed) -> None:
+        """End the sequences a failed step names; nothing of the others was advanced, so they run again from where they were.
+
+        Raises: the failure, if it names none of the step.
+        """
+        guilty = [chunk.state for chunk in chunks if chunk.state.key in failure.keys]
+        if not guilty:
+            raise failure
+        for state in guilty:
+            self._end(state, EndReason.ENGINE_ERROR, message=str(failure))
+
+    def _end(self, state: SequenceState, reason: EndReason, *, stop_token_id: int | None = None, message: str = "") -> None:
+        self._scheduler.remove(state.key)
+        self.blocks.release(state.key)
+        self._runner.forget(state.key)
+        self._output.ends.append(SequenceEnd(state.key, reason, state.drawn, state.cached_tokens, stop_token_id, message))
+
+    def _has_output(self) -> bool:
+        return bool(self._output.ends or self._output.ready)
+
+    def _update_stats(self) -> None:
+        scheduler = self._scheduler
+        self._stats = EngineStats(
+            running_sequences=len(scheduler.running),
+            waiting_sequences=len(scheduler.waiting),
+            waiting_prefill_tokens=scheduler.waiting_prefill_tokens(),
+            active_kv_tokens=sum(state.computed for state in scheduler.running.values()),
+        )
+
+
+def check_request(request: EngineRequest, info: EngineInfo, pool_tokens: int) -> None:
+    """Refuse what can never run, or would take the engine down.
+
+    Raises: SequenceTooLong, InvalidArgument.
+    """
+    num_tokens = len(request.token_ids)
+    if not 1 <= request.num_prompt_tokens <= num_tokens:
+        raise InvalidArgument("num_prompt_tokens", f"{request.num_prompt_tokens} of {num_tokens} tokens")
+    num_needed = request.num_kv_tokens if request.work is Work.PREFILL_ONLY else num_tokens
+    limit = min(info.max_model_tokens - 1, pool_tokens)
+    if num_tokens >= info.max_model_tokens or num_needed > pool_tokens:
+        raise SequenceTooLong(num_tokens, limit)
+    largest = int(np.frombuffer(request.token_ids, dtype=np.uint32).max())
+    if largest >= info.vocab_size:
+        raise InvalidArgument("token_ids", f"{largest} is not below the vocabulary's {info.vocab_size}")

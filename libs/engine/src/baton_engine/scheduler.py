@@ -1,0 +1,250 @@
+"""Which sequences run in the next step, and how much of each.
+
+Order of service is by rank, the smaller the sooner:
+
+    rank = arrival + (batch_delay_s if BATCH) + predicted time of what is left to prefill
+
+so interactive goes before batch, a short prompt overtakes a long one at the next chunk, and as rank is a point in time,
+everything is first at some time: nothing is starved.
+"""
+
+import heapq
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from baton_engine.api import Priority, SequenceKey
+from baton_engine.blocks import BlockManager
+from baton_engine.errors import CacheFull
+from baton_engine.runner import StepLoad
+from baton_engine.sequence import SequenceState
+
+_Ranked: TypeAlias = tuple[float, int, SequenceState]  # rank, number (unique, so states are never compared)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Sizes of a step. Times are predictions of the runner."""
+
+    block_tokens: int = 16
+    max_batch_sequences: int = 64  # sequences in one step
+    max_chunk_tokens: int = 2048  # prompt tokens in one step, over all sequences
+    max_step_s: float = 0.25  # design.md, table of times
+    max_mixed_step_s: float = 0.25  # while sequences decode along: bounds the gap between their tokens
+    batch_delay_s: float = 10.0  # a batch sequence yields to interactive ones that arrive up to this much later
+
+
+class Chunk(NamedTuple):
+    """Compute tokens [start, end) of a sequence."""
+
+    state: SequenceState
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the next step runs, and what had to make room for it (blocks released already)."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[SequenceState] = field(default_factory=list)
+    load: StepLoad = field(default_factory=StepLoad)
+    predicted_s: float = 0.0
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill. Single-threaded; only the block manager is shared with others."""
+
+    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, predict_s: Callable[[StepLoad], float]) -> None:
+        self.limits = limits
+        self.running: dict[SequenceKey, SequenceState] = {}
+        self.waiting: dict[SequenceKey, SequenceState] = {}
+        self._blocks = blocks
+        self._predict_s = predict_s
+        self._with_table: list[_Ranked] = []  # heaps; entries not in `waiting` are stale
+        self._without_table: list[_Ranked] = []
+        self._available_version = 0  # changes whenever blocks may have become available
+        self._blocked_at = -1  # the version at which the first of _without_table did not fit
+        blocks.subscribe_available(self._on_available)
+
+    def get(self, key: SequenceKey) -> SequenceState | None:
+        """The sequence, waiting or running."""
+        return self.running.get(key) or self.waiting.get(key)
+
+    def add(self, state: SequenceState) -> None:
+        """Queue. state.table is filled if the sequence owns blocks already."""
+        state.waiting_rank = self._rank(state)
+        self.waiting[state.key] = state
+        self._push(state)
+
+    def remove(self, key: SequenceKey) -> None:
+        """Forget a sequence; its blocks are the caller's to release."""
+        self.running.pop(key, None)
+        self.waiting.pop(key, None)
+        self._blocked_at = -1
+
+    def pause(self, state: SequenceState) -> None:
+        """Leave out of steps until resumed; keeps its blocks and its place."""
+        state.paused = True
+        self._blocked_at = -1
+
+    def resume(self, state: SequenceState) -> None:
+        """Undo pause."""
+        if state.paused:
+            state.paused = False
+            if state.key in self.waiting:
+                self._push(state)
+
+    def has_work(self) -> bool:
+        """Whether plan would find something to run now."""
+        if any(not state.paused for state in self.running.values()) or self._first(self._with_table):
+            return True
+        return self._first(self._without_table) is not None and not self._is_blocked()
+
+    def waiting_prefill_tokens(self) -> int:
+        """Tokens still to prefill, over all sequences."""
+        states = [*self.running.values(), *self.waiting.values()]
+        return sum(state.remaining for state in states if not state.is_decoding)
+
+    def plan(self) -> Plan:
+        """Choose the next step: all decoding sequences, then chunks of prompts by rank."""
+        plan = Plan()
+        for state in self._decoding():
+            if self._make_room(state, len(state.tokens), plan):
+                self._take(plan, state, len(state.tokens))
+        self._drop_preempted(plan)
+        self._add_prefills(plan)
+        self._drop_preempted(plan)
+        plan.predicted_s = self._predict_s(plan.load) if plan.chunks else 0.0
+        return plan
+
+    def _on_available(self) -> None:
+        # Not atomic, and need not be: the blocks were there before this call, so a plan that missed the change of the
+        # number has seen the blocks.
+        self._available_version += 1
+
+    def _rank(self, state: SequenceState) -> float:
+        full = self.limits.max_chunk_tokens
+        token_s = (self._predict_s(StepLoad().plus(0, full)) - self._predict_s(StepLoad())) / full
+        delay_s = self.limits.batch_delay_s if state.request.priority is Priority.BATCH else 0.0
+        return state.arrived_at + delay_s + state.remaining * token_s
+
+    def _push(self, state: SequenceState) -> None:
+        heap = self._with_table if state.table else self._without_table
+        heapq.heappush(heap, (state.waiting_rank, state.number, state))
+        if heap is self._without_table and heap[0][2] is state:
+            self._blocked_at = -1  # another one is first now, and may fit
+
+    def _first(self, heap: list[_Ranked]) -> SequenceState | None:
+        """First waiting sequence that is not paused; drops stale entries (resume pushes paused ones again)."""
+        while heap:
+            state = heap[0][2]
+            if state.key in self.waiting and not state.paused:
+                return state
+            heapq.heappop(heap)
+        return None
+
+    def _decoding(self) -> list[SequenceState]:
+        states = [state for state in self.running.values() if state.is_decoding and not state.paused]
+        if len(states) > self.limits.max_batch_sequences:  # possible after resumes: take turns
+            states.sort(key=lambda state: state.last_step)
+        return states[: self.limits.max_batch_sequences]
+
+    def _make_room(self, state: SequenceState, end: int, plan: Plan) -> bool:
+        """Grow state's table to hold `end` tokens, preempting the youngest if need be; False if state itself had to go."""
+        if state.key not in self.running:
+            return False  # preempted for another one of this step
+        while (missing := -(-end // self.limits.block_tokens) - len(state.table)) > 0:
+            try:
+                state.table += self._blocks.grow(state.key, missing)
+            except CacheFull:
+                victim = self._victim()
+                self.remove(victim.key)
+                self._blocks.release(victim.key)
+                plan.preempted.append(victim)
+                if victim is state:
+                    return False
+        return True
+
+    def _victim(self) -> SequenceState:
+        """Batch before interactive, the youngest first. Blocks of PREFILL_ONLY are promised; they end soon by themselves."""
+        candidates = [state for state in self.running.values() if not state.is_prefill_only]
+        return max(candidates, key=lambda state: (state.request.priority, state.number))
+
+    def _take(self, plan: Plan, state: SequenceState, end: int) -> None:
+        plan.chunks.append(Chunk(state, state.computed, end))
+        plan.load = plan.load.plus(state.computed, end)
+
+    def _drop_preempted(self, plan: Plan) -> None:
+        if plan.preempted:
+            plan.chunks = [chunk for chunk in plan.chunks if chunk.state.key in self.running]
+            plan.load = StepLoad()
+            for chunk in plan.chunks:
+                plan.load = plan.load.plus(chunk.start, chunk.end)
+
+    def _add_prefills(self, plan: Plan) -> None:
+        limits = self.limits
+        states = [state for state in self.running.values() if not state.is_decoding and not state.paused]
+        started = deque(sorted((self._rank(state), state.number, state) for state in states))
+        slots = limits.max_batch_sequences - sum(not state.paused for state in self.running.values())
+        limit_s = limits.max_mixed_step_s if plan.chunks else limits.max_step_s
+        budget = limits.max_chunk_tokens
+        while budget > 0 and len(plan.chunks) < limits.max_batch_sequences:
+            state = self._best(started, has_slot=slots > 0)
+            is_first = budget == limits.max_chunk_tokens
+            if state is None or not (is_first or self._chunk_tokens(plan.load, state, limits.block_tokens, limit_s)):
+                return
+            if state.key in self.waiting:
+                if not self._admit(state):
+                    continue
+                slots -= 1
+            else:
+                started.popleft()
+            # The first chunk always gets a little: a full batch of decoding sequences must not starve prompts.
+            length = self._chunk_tokens(plan.load, state, budget, limit_s) or min(limits.block_tokens, state.remaining, budget)
+            if self._make_room(state, state.computed + length, plan):
+                self._take(plan, state, state.computed + length)
+            budget -= length
+
+    def _best(self, started: deque[_Ranked], *, has_slot: bool) -> SequenceState | None:
+        """The sequence with the smallest rank that could be given a chunk now."""
+        candidates: list[_Ranked] = [started[0]] if started else []
+        if has_slot:
+            heaps = [self._with_table] if self._is_blocked() else [self._with_table, self._without_table]
+            candidates += [heap[0] for heap in heaps if self._first(heap)]
+        return min(candidates)[2] if candidates else None
+
+    def _is_blocked(self) -> bool:
+        return self._blocked_at == self._available_version
+
+    def _admit(self, state: SequenceState) -> bool:
+        """Move from waiting to running, with a table; False if there are too few blocks now."""
+        if not state.table:
+            version = self._available_version
+            try:
+                self._acquire(state)
+            except CacheFull:
+                self._blocked_at = version
+                return False
+        del self.waiting[state.key]
+        self.running[state.key] = state
+        return True
+
+    def _acquire(self, state: SequenceState) -> None:
+        block_tokens = self.limits.block_tokens
+        num_blocks = -(-len(state.tokens) // block_tokens)
+        shared = self._blocks.acquire(state.key, state.hashes, num_blocks, keep_free=self._blocks.growth_headroom)
+        state.table = list(self._blocks.table(state.key))
+        state.computed = state.cached_tokens = shared * block_tokens
+        state.published = shared
+
+    def _chunk_tokens(self, load: StepLoad, state: SequenceState, budget: int, limit_s: float) -> int:
+        """Longest chunk of at most budget tokens that keeps the step within limit_s; ends on a block border if it can."""
+        start, block_tokens = state.computed, self.limits.block_tokens
+        length = min(state.remaining, budget)
+        if self._predict_s(load.plus(start, start + length)) > limit_s:
+            length = bisect_right(range(1, length), limit_s, key=lambda n: self._predict_s(load.plus(start, start + n)))
+        aligned = (start + length) // block_tokens * block_tokens - start
+        return aligned if length < state.remaining and aligned > 0 else length

@@ -1,0 +1,63 @@
+"""What the scheduler and the paged engine remember of one sequence."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from baton_runtime.hashing import chain_hashes
+
+from baton_engine.api import EngineRequest, SequenceKey, Work
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """A sequence between add and its end. tokens grows with the output; KV of tokens [0, computed) lies in table."""
+
+    request: EngineRequest
+    number: int  # order of arrival
+    arrived_at: float
+    tokens: "array[int]"
+    table: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of full blocks, as far as computed
+    computed: int = 0
+    cached_tokens: int = 0
+    published: int = 0  # full blocks that are reusable under their hash
+    announced: int = 0  # PREFILL_ONLY: blocks below are announced, or the sink's own
+    drawn: int = 0
+    paused: bool = False
+    started: bool = False
+    last_step: int = 0
+    waiting_rank: float = 0.0
+
+    @property
+    def key(self) -> SequenceKey:
+        """Name of the sequence."""
+        return self.request.key
+
+    @property
+    def is_prefill_only(self) -> bool:
+        """Samples nothing; its blocks are promised to a sink."""
+        return self.request.work is Work.PREFILL_ONLY
+
+    @property
+    def goal(self) -> int:
+        """Tokens whose KV is to be computed, as far as known now."""
+        return self.request.num_kv_tokens if self.is_prefill_only else len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to compute, as far as known now; 1 while decoding."""
+        return self.goal - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the newest token is to be computed."""
+        return self.remaining == 1 and not self.is_prefill_only
+
+    def hash_of(self, index: int, block_tokens: int, hash_block_tokens: int) -> bytes:
+        """Hash of full block `index`; computed once, in order."""
+        while len(self.hashes) <= index:
+            start = len(self.hashes) * block_tokens
+            block = self.tokens[start : start + block_tokens]
+            parent = self.hashes[-1] if self.hashes else None
+            self.hashes.append(chain_hashes(self.request.cache_root, block, hash_block_tokens, parent=parent)[-1])
+        return self.hashes[index]
