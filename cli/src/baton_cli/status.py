@@ -1,6 +1,7 @@
 """`baton status`: every instance from discovery, what each worker holds, what the books say."""
 
 import asyncio
+import sys
 from collections.abc import Iterable
 
 import grpc
@@ -153,7 +154,7 @@ def to_text(report: Report) -> str:
         state = "draining" if r.draining and r.state == "ok" else r.state
         row = (r.service, r.instance_id, r.version, r.address, str(r.pid), r.metrics, " ".join(_holdings(r)))
         table.add_row(*row, f"[green]{state}[/]" if state == "ok" else f"[red]{state}[/]")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width; 80 would fold every row
     with console.capture() as capture:
         console.print(table)
         for problem in report.problems:
