@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from opentelemetry.context import Context
-
 from baton_runtime.errors import BatonError
+from opentelemetry.context import Context
 
 EndReason = Literal["stop", "length", "cancelled", "failed"]
 
@@ -33,7 +32,7 @@ class Generation:
     """One choice of one user call, validated and tokenized, ready to be placed. Ranges as in baton.worker.v1.Sampling."""
 
     model: str  # served name
-    prompt_token_ids: array[int]  # typecode "I", at least one; shared by the choices of a call: never changed
+    prompt_token_ids: "array[int]"  # typecode "I", at least one; shared by the choices of a call: never changed
     max_tokens: int  # output tokens in all, at least 1; prompt + max_tokens fits max_model_tokens
     min_tokens: int = 0
     temperature: float = 1.0  # 0: greedy
@@ -78,8 +77,9 @@ class GenerationEnd:
 class TokenSink(Protocol):
     """Where tokens go: implemented at the HTTP edge.
 
-    Called synchronously on the event loop, in order, every position exactly once; must not block and does not raise.
-    Calls may come from inside `Generator.submit` and `GenerationHandle.cancel`.
+    Called synchronously on the event loop, in order, every position exactly once; does not block and does not raise.
+    Never called from inside `Generator.submit`. A call may itself call `GenerationHandle.cancel`, of this generation or
+    of another one, and on_end may come from inside that cancel.
     """
 
     def on_tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None) -> None:

@@ -1,0 +1,333 @@
+"""Handlers of the OpenAI-compatible endpoints: read, plan, submit, answer; translate errors once."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+from baton_runtime import semconv
+from baton_runtime.errors import BatonError
+from baton_runtime.log import get_logger
+from baton_runtime.telemetry import context_from
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from baton_frontend.event_writer import DirectResponse, EventWriter
+from baton_frontend.generation import Generator, ModelInfo
+from baton_frontend.model_registry import LoadedModel, ModelRegistry
+from baton_frontend.openai_calls import PlannedCall, plan_chat, plan_completion
+from baton_frontend.openai_errors import ApiError, from_baton_error
+from baton_frontend.openai_format import Endpoint, ResponseFormat
+from baton_frontend.openai_schema import parse_chat, parse_completion
+from baton_frontend.sinks import Call, CollectingSink, StreamSink, finish_stream
+
+log = get_logger(__name__)
+CLIENT_CLOSED_REQUEST = 499
+_ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """Limits of the HTTP side."""
+
+    max_body_bytes: int = 8 << 20
+    body_timeout_s: float = 30.0  # from the head of a request to the end of its body
+    max_generations: int = 64  # choices of one call: prompts times n
+    slow_reader_limit_bytes: int = 1 << 20  # text held for a reader that does not keep up, beside 64 KiB in the transport
+    slow_reader_timeout_s: float = 30.0  # without the transport's buffer draining
+
+
+@dataclass(slots=True)
+class HttpRecord:
+    """What became of one POST; handed to the observer at its end. Times are time.monotonic()."""
+
+    route: str
+    started_at: float
+    model: str = ""  # served name, empty if none was found
+    status: int = CLIENT_CLOSED_REQUEST
+    is_stream: bool = False
+    error_code: str | None = None  # also set if a stream that began with 200 ended with an error event
+    prepared_at: float | None = None  # parsed, rendered, tokenized
+    first_token_at: float | None = None
+    ended_at: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class HttpObserver(Protocol):
+    """Metrics hook; called on the loop, must not block."""
+
+    def on_call_end(self, record: HttpRecord) -> None:
+        """Exactly once per POST to an OpenAI endpoint."""
+
+
+class NoObserver:
+    """Observes nothing."""
+
+    def on_call_end(self, record: HttpRecord) -> None:
+        """Nothing."""
+
+
+class OpenAIHandlers:
+    """The endpoints, over a Generator."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        registry: ModelRegistry,
+        settings: HttpSettings,
+        *,
+        tracer: trace.Tracer | None = None,
+        observer: HttpObserver | None = None,
+        is_ready: Callable[[], bool] | None = None,
+    ) -> None:
+        """is_ready: whether new work would be taken (default: some model is served)."""
+        self._generator = generator
+        self._registry = registry
+        self._settings = settings
+        self._tracer = tracer if tracer is not None else trace.NoOpTracer()
+        self._observer = observer if observer is not None else NoObserver()
+        self._is_ready = is_ready if is_ready is not None else lambda: bool(generator.models())
+        self._started_at = int(time.time())
+
+    def routes(self) -> list[web.RouteDef]:
+        """All routes."""
+        return [
+            web.post("/v1/chat/completions", self.chat_completions),
+            web.post("/v1/completions", self.completions),
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{model:.+}", self.model),
+            web.get("/health", self.health),
+            web.get("/ready", self.ready),
+        ]
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        return await self._answer(request, "chat")
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        return await self._answer(request, "completion")
+
+    async def models(self, _: web.Request) -> web.Response:
+        """GET /v1/models."""
+        return _json({"object": "list", "data": [self._model_json(info) for info in self._generator.models()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/{model}."""
+        try:
+            return _json(self._model_json(self._find(request.match_info["model"])))
+        except ApiError as error:
+            return error_response(error)
+
+    async def health(self, _: web.Request) -> web.Response:
+        """GET /health: 200 while the process lives; says whether it is ready."""
+        return _json({"status": "ok", "ready": self._is_ready(), "models": [info.served_name for info in self._generator.models()]})
+
+    async def ready(self, _: web.Request) -> web.Response:
+        """GET /ready: 200 if new work is taken, else 503."""
+        is_ready = self._is_ready()
+        return _json({"ready": is_ready}, status=200 if is_ready else 503)
+
+    def _model_json(self, info: ModelInfo) -> dict[str, object]:
+        return {
+            "id": info.served_name,
+            "object": "model",
+            "created": self._started_at,
+            "owned_by": "baton",
+            "max_model_len": info.max_model_tokens,
+        }
+
+    def _find(self, name: str) -> ModelInfo:
+        models = {info.served_name: info for info in self._generator.models()}
+        if (info := models.get(name)) is not None:
+            return info
+        if not models:
+            raise ApiError(503, "no model is served now: no worker has registered yet", code="no_model", retry_after_ms=1000)
+        known = ", ".join(sorted(models))
+        raise ApiError(404, f"model {name!r} does not exist; served: {known}", param="model", code="model_not_found")
+
+    async def _answer(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+        record = HttpRecord(request.path, time.monotonic())
+        span = self._tracer.start_span(
+            f"POST {request.path}",
+            context_from(request.headers.get("traceparent", "")),
+            trace.SpanKind.SERVER,
+            {semconv.HTTP_REQUEST_METHOD: "POST", semconv.HTTP_ROUTE: request.path},
+        )
+        try:
+            planned = await self._plan(request, endpoint, record)
+            context = trace.set_span_in_context(span)
+            answer = self._stream if planned.body.stream else self._collect
+            response = await answer(request, planned, record, context)
+            record.status = response.status
+            return response
+        except (ApiError, BatonError) as error:
+            refusal = error if isinstance(error, ApiError) else from_baton_error(error)
+            record.status, record.error_code = refusal.status, refusal.code
+            return error_response(refusal)
+        finally:
+            record.ended_at = time.monotonic()
+            span.set_attribute(semconv.HTTP_RESPONSE_STATUS_CODE, record.status)
+            if record.error_code is not None:
+                span.set_attribute(semconv.ERROR_TYPE, record.error_code)
+            span.end()
+            self._observer.on_call_end(record)
+
+    async def _plan(self, request: web.Request, endpoint: Endpoint, record: HttpRecord) -> PlannedCall:
+        data = await self._read(request)
+        limit = self._settings.max_generations
+        if endpoint == "chat":
+            chat = parse_chat(data)
+            planned = await plan_chat(chat, *await self._model(chat.model, record), limit)
+        else:
+            completion = parse_completion(data)
+            planned = await plan_completion(completion, *await self._model(completion.model, record), limit)
+        record.is_stream = bool(planned.body.stream)
+        record.prompt_tokens = sum({id(g.prompt_token_ids): len(g.prompt_token_ids) for g in planned.generations}.values())
+        record.prepared_at = time.monotonic()
+        return planned
+
+    async def _model(self, name: str, record: HttpRecord) -> tuple[ModelInfo, LoadedModel]:
+        info = self._find(name)
+        record.model = info.served_name
+        return info, await self._registry.load(info)
+
+    async def _read(self, request: web.Request) -> bytes:
+        limit = self._settings.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than {limit} bytes; send less", code="body_too_large")
+        if (request.content_length or 0) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                return await request.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            raise too_large from error
+        except TimeoutError as error:
+            raise ApiError(408, f"the body did not arrive within {self._settings.body_timeout_s:g} s", code="body_timeout") from error
+        except (web.RequestPayloadError, web.HTTPBadRequest) as error:
+            raise ApiError(400, "the body could not be read; check its length and encoding", code="invalid_body") from error
+
+    async def _collect(self, _: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
+        call = Call()
+        sinks = [CollectingSink(call, generation, planned.new_text(generation)) for generation in planned.generations]
+        try:
+            call.submit(self._generator, sinks, context)
+            await call.changed(lambda: call.is_over)
+        finally:
+            call.cancel()
+            _note(record, call)
+        if call.failure is not None:
+            raise call.failure
+        form = _format(planned, call)
+        tokens = planned.loaded.text
+        extra: dict[str, object] = {}
+        if planned.body.return_token_ids and planned.endpoint == "chat":
+            extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
+        choices = [sink.as_json(index, form, tokens) for index, sink in enumerate(sinks)]
+        body = form.response(choices, call.usage(), call.resumed(), extra)
+        return web.Response(body=body, content_type="application/json", headers={"X-Request-Id": call.response_id})
+
+    async def _stream(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
+        call = Call()
+        sinks = [
+            StreamSink(call, generation, planned.new_text(generation), index, planned.loaded.text)
+            for index, generation in enumerate(planned.generations)
+        ]
+        writer: EventWriter | None = None
+        try:
+            # The generator calls no sink from inside submit, so there is time to bind them to their writer.
+            call.submit(self._generator, sinks, context)
+            form = _format(planned, call)
+            writer = self._open_writer(request, call)
+            call.on_ended = partial(finish_stream, call, writer, form)
+            for sink in sinks:
+                sink.bind(writer, form)
+            await self._follow(call, writer, sinks)
+        finally:
+            call.cancel()
+            if writer is not None:
+                writer.close()
+            _note(record, call)
+        if call.failure is not None and not writer.started:
+            raise call.failure
+        return DirectResponse(writer.keep_alive)
+
+    def _open_writer(self, request: web.Request, call: Call) -> EventWriter:
+        def on_lost() -> None:
+            call.cancel()
+            call.wake()
+
+        limit = self._settings.slow_reader_limit_bytes
+        headers = f"X-Request-Id: {call.response_id}\r\n".encode()
+        return EventWriter(request, headers, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
+
+    async def _follow(self, call: Call, writer: EventWriter, sinks: list[StreamSink]) -> None:
+        """Wait for the end; the sinks write by themselves unless the reader is slow."""
+        while not (call.is_over or writer.is_lost):
+            await call.changed(lambda: call.is_over or writer.is_slow or writer.is_lost)
+            if writer.is_slow and not writer.is_lost:
+                await writer.drained(self._settings.slow_reader_timeout_s)
+                if not call.is_over:
+                    for sink in sinks:
+                        sink.flush()
+
+
+def _format(planned: PlannedCall, call: Call) -> ResponseFormat:
+    options = planned.body.stream_options
+    return ResponseFormat(
+        planned.endpoint,
+        _ID_PREFIX[planned.endpoint] + call.response_id,
+        int(time.time()),
+        planned.generations[0].model,
+        has_usage=options is not None and bool(options.include_usage),
+    )
+
+
+def _note(record: HttpRecord, call: Call) -> None:
+    record.first_token_at = call.first_token_at
+    record.output_tokens = sum(choice.text.num_tokens for choice in call.choices)
+    if call.failure is not None:
+        record.error_code = call.failure.code
+
+
+def _json(content: object, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
+
+
+def error_response(error: ApiError) -> web.Response:
+    """An error in OpenAI's form."""
+    return web.Response(body=error.body(), status=error.status, content_type="application/json", headers=error.headers())
+
+
+@web.middleware
+async def openai_error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Everything that is no answer of ours (unknown path, wrong method, bug) in OpenAI's form too."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return _http_error(request, error)
+    except Exception:  # the outermost handler: nothing leaks, the log has it
+        error_id = secrets.token_hex(8)
+        log.exception("http_handler_failed", path=request.path, error_id=error_id)
+        return error_response(ApiError(500, f"internal error {error_id}", code="internal"))
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:
+    if error.status == 404:
+        refusal = ApiError(404, f"{request.path} does not exist here", code="unknown_url")
+    elif isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        refusal = ApiError(405, f"{request.method} is not allowed on {request.path}; use {allowed}", code="method_not_allowed")
+    else:
+        refusal = ApiError(error.status, error.reason, code="http_error")
+    response = error_response(refusal)
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
