@@ -1,9 +1,9 @@
 """What every transport offers, and how a pull can fail.
 
-    BatonError
-    |- TransportUnavailable   this transport cannot reach this peer; try the next one
-    `- PullFailed             one operation ended without all its bytes; nothing of it may be used
-       `- ChecksumMismatch    all bytes came, but not those that were sent
+BatonError
+|- TransportUnavailable   this transport cannot reach this peer; try the next one
+`- PullFailed             one operation ended without all its bytes; nothing of it may be used
+   `- ChecksumMismatch    all bytes came, but not those that were sent
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,220 @@
+"""What travels on a transfer connection, and blocking sends and receives that notice silence.
+
+    source -> sink   challenge: magic, nonce
+    sink -> source   hello: both incarnations, block_bytes, nonce, proof of the pair secret
+    source -> sink   welcome: status, proof of the pair secret (the sink's memory is written by nobody else's bytes)
+    then, any number of times:
+    sink -> source   request: operation, number of blocks, u32 block ids
+    source -> sink   answer: operation, status; if OK the blocks' bytes in that order and their CRC-32
+
+Little-endian. The secret itself never travels: each side proves it by HMAC-SHA256 over both nonces and the hello.
+"""
+
+import hmac
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import sha256
+
+from baton_engine.pool import KvPool
+
+from baton_handoff.transports.operation import Operation, merge_runs
+
+MAGIC = b"BATONT01"
+NONCE_BYTES = 16
+MAC_BYTES = 32
+CHALLENGE = struct.Struct("<8s16s")  # magic, nonce
+HELLO = struct.Struct("<64s64sQ16s")  # sink incarnation, source incarnation, block_bytes, nonce; then MAC_BYTES
+WELCOME = struct.Struct("<I32s")  # status, mac
+REQUEST = struct.Struct("<4sQII")  # "PULL", operation, flags, number of blocks; then ids
+ANSWER = struct.Struct("<4sQI")  # "DATA", operation, status
+TRAILER = struct.Struct("<I")  # CRC-32 of the bytes, 0 if not asked for
+REQUEST_MAGIC, ANSWER_MAGIC = b"PULL", b"DATA"
+FLAG_CHECKSUM = 1
+
+# One system call moves at most this much: the checksum then reads what is still in the cache, and a stop is noticed.
+MAX_CALL_BYTES = 1 << 20
+# More made receiving slower (facts measured for the design, 64 KiB blocks).
+MAX_CALL_VIEWS = 64
+_TICK_S = 0.5
+
+
+class Status(IntEnum):
+    """Answers of the source."""
+
+    OK = 0
+    REFUSED = 1  # unknown peer or wrong secret: not told apart
+    WRONG_LIFE = 2  # meant for another incarnation
+    WRONG_LAYOUT = 3  # block_bytes differ
+    BUSY = 4  # too many connections
+    OUT_OF_RANGE = 5  # a block id is not in the pool
+
+
+@dataclass(frozen=True, slots=True)
+class TcpConfig:
+    """Limits of the tcp transport.
+
+    silence_limit_s: an operation whose peer sends nothing for so long has failed.
+    operation_limit_s: an operation of at most 32 MiB that takes longer has failed, even if bytes trickle.
+    connect_limit_s: limit of connecting and, again, of proving the secret.
+    checksum: ask for a CRC-32 of every operation and compare it.
+    max_connections: peers that may be connected to this source; one each.
+    """
+
+    silence_limit_s: float = 2.0
+    operation_limit_s: float = 10.0
+    connect_limit_s: float = 2.0
+    checksum: bool = True
+    max_connections: int = 512
+
+
+class ConnectionFailed(Exception):
+    """The connection cannot go on. The text gives the facts. is_silence: the peer is there but does not answer."""
+
+    def __init__(self, why: str, *, is_silence: bool = False) -> None:
+        self.is_silence = is_silence
+        super().__init__(why)
+
+
+class Watch:
+    """When to give up on a blocking exchange: silence, a limit in all, or an operation that was asked to stop."""
+
+    def __init__(self, silence_limit_s: float, limit_s: float, operation: Operation | None = None) -> None:
+        self._silence_limit_s = silence_limit_s
+        self._limit_s = limit_s
+        self._operation = operation
+        self._began_s = self._alive_s = time.monotonic()
+        self.num_bytes = 0
+
+    def call_began(self) -> float:
+        """Before a system call: the time; raises ConnectionFailed if the whole took too long or is not wanted any more."""
+        if self._operation is not None and self._operation.stopped:
+            raise ConnectionFailed(f"stopped after {self.num_bytes} bytes")
+        now_s = time.monotonic()
+        if now_s - self._began_s > self._limit_s:
+            raise ConnectionFailed(f"{self.num_bytes} bytes in {now_s - self._began_s:.1f} s, limit {self._limit_s} s", is_silence=True)
+        return now_s
+
+    def progressed(self, call_began_s: float, num_bytes: int) -> None:
+        """The call moved bytes, at some time after it began."""
+        self._alive_s = call_began_s
+        self.num_bytes += num_bytes
+
+    def timed_out(self) -> None:
+        """The call moved nothing for a tick; raises ConnectionFailed if that is too long by now."""
+        silent_s = time.monotonic() - self._alive_s
+        if silent_s >= self._silence_limit_s - _TICK_S / 2:
+            raise ConnectionFailed(f"peer silent for {silent_s:.1f} s after {self.num_bytes} bytes", is_silence=True)
+
+
+def prepare(sock: socket.socket) -> None:
+    """Blocking with the kernel's own timeouts (no poll per call), keepalive, no delay."""
+    sock.settimeout(None)
+    tick = struct.pack("ll", int(_TICK_S), int(_TICK_S % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 10_000)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def shut(sock: socket.socket) -> None:
+    """Wake whoever blocks in this socket; its thread closes it."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # not connected any more
+
+
+def send_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch) -> None:
+    """Send all of a batch of at most MAX_CALL_VIEWS. Raises: ConnectionFailed."""
+    pending = list(views)
+    while pending:
+        began_s = watch.call_began()
+        try:
+            sent = sock.sendmsg(pending)
+        except BlockingIOError:
+            watch.timed_out()
+            continue
+        except OSError as error:
+            raise ConnectionFailed(f"sending failed after {watch.num_bytes} bytes: {error}") from error
+        watch.progressed(began_s, sent)
+        pending = _rest(pending, sent)
+
+
+def receive_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch) -> None:
+    """Fill all of a batch of at most MAX_CALL_VIEWS. Raises: ConnectionFailed."""
+    pending = list(views)
+    while pending:
+        began_s = watch.call_began()
+        try:
+            received = sock.recvmsg_into(pending, 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError:
+            watch.timed_out()
+            continue
+        except OSError as error:
+            raise ConnectionFailed(f"receiving failed after {watch.num_bytes} bytes: {error}") from error
+        if received == 0:
+            raise ConnectionFailed(f"connection closed after {watch.num_bytes} bytes")
+        watch.progressed(began_s, received)
+        pending = _rest(pending, received)
+
+
+def receive(sock: socket.socket, num_bytes: int, watch: Watch) -> bytes:
+    """Exactly num_bytes. Raises: ConnectionFailed."""
+    buffer = bytearray(num_bytes)
+    receive_views(sock, [memoryview(buffer)], watch)
+    return bytes(buffer)
+
+
+def flat(pool: KvPool) -> memoryview:
+    """All bytes of a pool, block i at i * block_bytes. Raises: ValueError if its memory has gaps."""
+    if not pool.data.flags.c_contiguous:
+        raise ValueError("the pool's memory is not contiguous")
+    return pool.data.reshape(-1).data
+
+
+def batches(memory: memoryview, block_ids: Iterable[int], block_bytes: int) -> list[list[memoryview]]:
+    """Views of the blocks in the order given, neighbours merged, in batches for one system call each."""
+    found: list[list[memoryview]] = []
+    batch_bytes = MAX_CALL_BYTES
+    ids = list(block_ids)
+    for first, _, num_blocks in merge_runs(ids, ids, max(1, MAX_CALL_BYTES // block_bytes)):
+        num_bytes = num_blocks * block_bytes
+        if batch_bytes + num_bytes > MAX_CALL_BYTES or len(found[-1]) == MAX_CALL_VIEWS:
+            found.append([])
+            batch_bytes = 0
+        found[-1].append(memory[first * block_bytes : first * block_bytes + num_bytes])
+        batch_bytes += num_bytes
+    return found
+
+
+def checksum(views: Sequence[memoryview], start: int) -> int:
+    """CRC-32 going on from start (0 at first)."""
+    for view in views:
+        start = zlib.crc32(view, start)
+    return start
+
+
+def proof(secret: bytes, side: bytes, challenge: bytes, hello: bytes) -> bytes:
+    """MAC_BYTES that only a holder of the secret can make for this connection and this side (b"sink", b"source")."""
+    return hmac.digest(secret, side + challenge + hello, sha256)
+
+
+def is_proof(given: bytes, secret: bytes, side: bytes, challenge: bytes, hello: bytes) -> bool:
+    """In constant time."""
+    return hmac.compare_digest(given, proof(secret, side, challenge, hello))
+
+
+def _rest(views: list[memoryview], done_bytes: int) -> list[memoryview]:
+    for index, view in enumerate(views):
+        if done_bytes < view.nbytes:
+            return [view[done_bytes:], *views[index + 1 :]]
+        done_bytes -= view.nbytes
+    return []
