@@ -27,7 +27,8 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MANTISSA_BITS = 52
 _BELOW_ONE = 1.0 - 2.0**-24  # largest float32 below 1
 _LEAST_TEMPERATURE = 1e-5  # colder than this is greedy: logits divided by it would overflow
-_MOST_CANDIDATES = 1024  # a filter rarely keeps more; sorting all of a large vocabulary costs milliseconds per row
+_MOST_CANDIDATES = 1024  # a filter rarely keeps more; sorting all of a large vocabulary costs 15 ms per row
+_PIECE_VALUES = 1 << 18  # 1 MiB of float32 at a time: three times as fast as 32 rows of a vocabulary of 152,000 at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,54 +124,55 @@ def _penalise(row: Tensor, request: DrawRequest) -> None:
 
 
 def _draw_random(scores: Tensor, requests: Sequence[DrawRequest]) -> Tensor:
-    """Token ids of rows that draw; all rows have a positive temperature."""
-    scaled = scores / _column([request.params.temperature for request in requests], scores)
+    """Token ids of rows that draw, in pieces that stay in the processor's cache."""
+    piece = max(1, _PIECE_VALUES // scores.shape[-1]) if scores.device.type == "cpu" else len(requests)
+    return torch.cat([_draw_piece(scores[i : i + piece], requests[i : i + piece]) for i in range(0, len(requests), piece)])
+
+
+def _draw_piece(scores: Tensor, requests: Sequence[DrawRequest]) -> Tensor:
+    """All rows have a positive temperature. Noise is made for the most likely tokens only, where a filter drops all others."""
+    params = [request.params for request in requests]
+    scaled = scores / _column([p.temperature for p in params], scores)
     keys = stream_keys(requests, scores.device)
-    if not any(_has_filter(request.params) for request in requests):
-        return (scaled + gumbel(keys, scores.shape[-1])).argmax(-1)
-    threshold = filter_thresholds(scaled, [request.params for request in requests])
-    filtered = torch.where(scaled >= threshold, scaled, -torch.inf)
-    return (filtered + gumbel(keys, scores.shape[-1])).argmax(-1)
+    if any(_has_filter(p) for p in params):
+        most = min(scaled.shape[-1], max([_MOST_CANDIDATES, *(p.top_k for p in params)]))
+        top = scaled.topk(most, dim=-1)
+        threshold, is_found = _thresholds(top.values, scaled, params)
+        if is_found and bool((threshold > top.values[:, -1:]).all()):
+            noisy = torch.where(top.values >= threshold, top.values + gumbel(keys, top.indices), -torch.inf)
+            return top.indices.gather(-1, noisy.argmax(-1, keepdim=True))[:, 0]
+        if not is_found:
+            threshold, _ = _thresholds(scaled.sort(dim=-1, descending=True).values, scaled, params)
+        scaled = torch.where(scaled >= threshold, scaled, -torch.inf)
+    return (scaled + gumbel(keys, torch.arange(scaled.shape[-1], device=scores.device))).argmax(-1)
 
 
 def _has_filter(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def filter_thresholds(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Smallest value that top_k, top_p and min_p keep, per row: [rows, 1], float32.
+def _thresholds(values: Tensor, scaled: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, bool]:
+    """Smallest value that top_k, top_p and min_p keep, per row: [rows, 1]; and whether `values` were enough to tell.
 
-    scaled: [rows, vocabulary], after temperature. top_p counts within what top_k keeps; min_p is relative to the most
-    likely token. The most likely token is always kept.
+    scaled: [rows, vocabulary], after temperature; values: its largest, in descending order, at least top_k of them. top_p
+    counts within what top_k keeps; min_p is relative to the most likely token. The most likely token is always kept.
     """
-    vocabulary = scaled.shape[-1]
-    most = min(vocabulary, max([_MOST_CANDIDATES, *(p.top_k for p in params)]))
-    values = scaled.topk(most, dim=-1).values
-    thresholds, complete = _thresholds_of(values, scaled, params)
-    if not complete and most < vocabulary:
-        thresholds, _ = _thresholds_of(scaled.sort(dim=-1, descending=True).values, scaled, params)
-    return thresholds
-
-
-def _thresholds_of(values: Tensor, scaled: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, bool]:
-    """Thresholds from the largest values in descending order, and whether those were enough to find every top_p's."""
-    vocabulary = scaled.shape[-1]
+    vocabulary, most = scaled.shape[-1], values.shape[-1]
     at = _index([(p.top_k if 0 < p.top_k < vocabulary else vocabulary) - 1 for p in params], scaled)[:, None]
-    limited = at < values.shape[-1]
-    by_k = torch.where(limited, values.gather(-1, at.clamp(max=values.shape[-1] - 1)), -torch.inf)
+    is_limited = at < vocabulary - 1
+    by_k = torch.where(is_limited, values.gather(-1, at.clamp(max=most - 1)), -torch.inf)
 
     top = values[:, :1]
-    total = torch.where(scaled >= by_k, (scaled - top).double().exp(), 0.0).sum(-1, keepdim=True)
-    before = (values - top).double().exp().cumsum(-1).roll(1, -1)
-    before[:, 0] = 0.0
+    total = torch.where(scaled >= by_k, (scaled - top).exp_(), 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+    likely = (values - top).double().exp_()
     top_p = _column([p.top_p for p in params], scaled).double()
-    kept = ((before < top_p * total) & (values >= by_k)).sum(-1, keepdim=True).clamp(min=1)
-    cut = top_p < 1.0
-    by_p = torch.where(cut, values.gather(-1, kept - 1), -torch.inf)
-    complete = bool(((kept < values.shape[-1]) | ~cut | limited).all())
+    is_cut = top_p < 1.0
+    kept = ((likely.cumsum(-1) - likely < top_p * total) & (values >= by_k)).sum(-1, keepdim=True).clamp_(min=1)
+    by_p = torch.where(is_cut, values.gather(-1, kept - 1), -torch.inf)
+    is_found = most == vocabulary or bool(((kept < most) | ~is_cut | is_limited).all())
 
     log_min_p = _column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], scaled)
-    return torch.maximum(torch.maximum(by_k, by_p), torch.minimum(top + log_min_p, top)), complete
+    return torch.maximum(torch.maximum(by_k, by_p), torch.minimum(top + log_min_p, top)), is_found
 
 
 def stream_keys(requests: Sequence[DrawRequest], device: torch.device | str = "cpu") -> Tensor:
@@ -183,18 +185,17 @@ def stream_keys(requests: Sequence[DrawRequest], device: torch.device | str = "c
     return torch.tensor(keys, dtype=torch.int64, device=device)[:, None]
 
 
-def gumbel(keys: Tensor, vocabulary: int) -> Tensor:
-    """Gumbel noise of every token id under each stream: [rows, vocabulary], float32.
+def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """Noise of token ids under each stream. keys: [rows, 1]; token_ids: [tokens] or [rows, tokens]; result [rows, tokens], float32.
 
     -log(-log(1 - w)) with w uniform in (0, 1): large noise comes from small w, where float32 is exact to 1 part in 2**24,
     so the tail is right up to 36 (w = 2**-53).
     """
-    token_ids = torch.arange(1, vocabulary + 1, dtype=torch.int64, device=keys.device)
-    bits = keys + token_ids * _signed(_GOLDEN)
+    bits = (token_ids + 1) * _signed(_GOLDEN) + keys
     for shift, multiplier in ((30, _MULTIPLIERS[0]), (27, _MULTIPLIERS[1])):
-        bits = (bits ^ _shift_right(bits, shift)) * _signed(multiplier)
-    bits = bits ^ _shift_right(bits, 31)
-    uniform = ((_shift_right(bits, 64 - _MANTISSA_BITS).double() + 0.5) * 2.0**-_MANTISSA_BITS).float().clamp(max=_BELOW_ONE)
+        bits.bitwise_xor_(_shift_right(bits, shift)).mul_(_signed(multiplier))
+    bits.bitwise_xor_(_shift_right(bits, 31))
+    uniform = _shift_right(bits, 64 - _MANTISSA_BITS).double().add_(0.5).mul_(2.0**-_MANTISSA_BITS).float().clamp_(max=_BELOW_ONE)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
@@ -220,7 +221,7 @@ def _signed(word: int) -> int:
 
 def _shift_right(words: Tensor, count: int) -> Tensor:
     """Logical shift: torch's own on int64 copies the sign."""
-    return (words >> count) & ((1 << (64 - count)) - 1)
+    return (words >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _index(values: Sequence[int], like: Tensor) -> Tensor:
