@@ -1,0 +1,76 @@
+"""Prometheus metrics of the frontend. GenAI names of OpenTelemetry, with the prefix and separators of Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from baton_frontend.generation import GenerationEnd
+from baton_frontend.openai_http import HttpRecord
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 180.0)
+_PER_TOKEN_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0)
+
+
+class FrontendMetrics:
+    """All of them; also the observer of the HTTP side."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        by_model = ("model",)
+        self.requests = Counter(
+            "baton_requests",
+            "Generations by outcome: stop, length, cancelled, or why they failed.",
+            ("outcome",),
+            registry=registry,
+        )
+        self.inflight = Gauge("baton_inflight_requests", "Generations that have not ended.", registry=registry)
+        self.resumes = Counter("baton_resumes", "Attempts that failed and were placed again.", registry=registry)
+        self.worker_losses = Counter("baton_worker_losses", "Workers fenced, by reason.", ("reason",), registry=registry)
+        self.attached_workers = Gauge("baton_attached_workers", "Workers with a live Attach stream.", registry=registry)
+        self.live_routers = Gauge("baton_live_routers", "Routers with a live Route stream.", registry=registry)
+        self.paced_asks = Gauge("baton_paced_asks", "Questions held back so that resumes go first.", registry=registry)
+        self.fallbacks = Counter("baton_fallback_placements", "Requests the frontend placed itself, without a router.", registry=registry)
+        self.prompt_tokens = Counter("baton_prompt_tokens", "Prompt tokens of ended generations.", by_model, registry=registry)
+        self.cached_tokens = Counter("baton_cached_prompt_tokens", "Of them, tokens whose KV was cached.", by_model, registry=registry)
+        self.output_tokens = Counter("baton_output_tokens", "Tokens delivered.", by_model, registry=registry)
+        self.time_to_first_token = Histogram(
+            "baton_gen_ai_server_time_to_first_token_seconds",
+            "Request accepted to first token out.",
+            by_model,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.time_per_output_token = Histogram(
+            "baton_gen_ai_server_time_per_output_token_seconds",
+            "(E2E - TTFT) / (output tokens - 1), per request of at least two tokens.",
+            by_model,
+            buckets=_PER_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self.request_duration = Histogram(
+            "baton_gen_ai_server_request_duration_seconds", "Request accepted to its end.", by_model, buckets=_SECONDS, registry=registry
+        )
+        self.http_requests = Counter("baton_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=registry)
+
+    def on_refused(self, reason: str) -> None:
+        """A generation was refused at admission."""
+        self.requests.labels(reason.lower()).inc()
+
+    def on_end(self, model: str, end: GenerationEnd, ttft_s: float | None, tpot_s: float | None, duration_s: float) -> None:
+        """A generation ended. ttft_s, tpot_s: None if there is none."""
+        self.requests.labels(outcome_of(end)).inc()
+        self.resumes.inc(end.resumed)
+        self.prompt_tokens.labels(model).inc(end.prompt_tokens)
+        self.cached_tokens.labels(model).inc(end.cached_tokens)
+        self.output_tokens.labels(model).inc(end.output_tokens)
+        if ttft_s is not None:
+            self.time_to_first_token.labels(model).observe(ttft_s)
+        if tpot_s is not None:
+            self.time_per_output_token.labels(model).observe(tpot_s)
+        self.request_duration.labels(model).observe(duration_s)
+
+    def on_call_end(self, record: HttpRecord) -> None:
+        """See `HttpObserver`."""
+        self.http_requests.labels(record.route, str(record.status)).inc()
+
+
+def outcome_of(end: GenerationEnd) -> str:
+    """One word: how a generation ended."""
+    return end.error.reason.lower() if end.error is not None else end.reason

@@ -1,0 +1,64 @@
+"""Reading and writing of long-lived gRPC client streams, with one exception for every way they can break."""
+
+import asyncio
+from typing import Any
+
+import grpc
+from baton_runtime.rpc import split_address
+
+
+class StreamBroken(Exception):
+    """The stream is over: closed, reset, timed out, or the other side does not keep the protocol."""
+
+
+async def read_message(call: Any) -> Any:
+    """The next message. Raises: StreamBroken."""
+    try:
+        message = await call.read()
+    except grpc.aio.AioRpcError as error:
+        raise StreamBroken(f"{error.code().name}: {error.details()}") from error
+    except asyncio.CancelledError:
+        if _is_task_cancelled():
+            raise
+        raise StreamBroken("call was cancelled") from None
+    if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in the stubs
+        raise StreamBroken("closed by the other side")
+    return message
+
+
+async def write_message(call: Any, message: Any) -> None:
+    """Returns when the transport took the message. Raises: StreamBroken."""
+    try:
+        await call.write(message)
+    except grpc.aio.AioRpcError as error:
+        raise StreamBroken(f"{error.code().name}: {error.details()}") from error
+    except asyncio.InvalidStateError as error:
+        raise StreamBroken("call has ended") from error
+    except asyncio.CancelledError:
+        if _is_task_cancelled():
+            raise
+        raise StreamBroken("call was cancelled") from None
+
+
+def _is_task_cancelled() -> bool:
+    """Whether a CancelledError is this task's own; grpc.aio also raises it for a call that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def is_refused(address: str, timeout_s: float) -> bool:
+    """Whether host:port answers that nobody listens there: the process is gone, not only out of reach."""
+    host, port = split_address(address)
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(host.strip("[]"), port)
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # TimeoutError is one
+        return False
+    writer.close()
+    try:
+        await writer.wait_closed()
+    except OSError:
+        pass
+    return False
