@@ -267,15 +267,18 @@ class BlockManager:
     def drain_events(self) -> CacheEvents:
         """Net change since the last call. Bounded by twice the number of blocks even if nobody drains."""
         with self._lock:
-            events = CacheEvents(tuple(self._stored), tuple(self._removed))
-            self._stored.clear()
-            self._removed.clear()
-            return events
+            return self._drain()
 
     def cached_hashes(self) -> Sequence[bytes]:
         """All published hashes, for a snapshot."""
         with self._lock:
             return tuple(self._by_hash)
+
+    def drain_with_hashes(self) -> tuple[CacheEvents, Sequence[bytes]]:
+        """drain_events and cached_hashes at one instant. Events are net changes: a snapshot taken at any other instant than a
+        drain could hold a hash whose coming and going cancelled out between two drains."""
+        with self._lock:
+            return self._drain(), tuple(self._by_hash)
 
     def check(self) -> None:
         """Integrity. Raises: IntegrityError saying which sum or block is wrong."""
@@ -285,6 +288,12 @@ class BlockManager:
             raise IntegrityError("; ".join(problems))
 
     # Everything below is called with the lock held.
+
+    def _drain(self) -> CacheEvents:
+        events = CacheEvents(tuple(self._stored), tuple(self._removed))
+        self._stored.clear()
+        self._removed.clear()
+        return events
 
     def _take(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, keep_free: int, *, reserved: bool) -> int:
         if owner in self._tables or owner in self._pins:

@@ -1,0 +1,69 @@
+"""What a worker tells Prometheus. Gauges read the engine at scrape time; nothing here is per request."""
+
+from collections.abc import Callable
+from functools import partial
+
+from baton_contracts.worker.v1 import worker_service_pb2 as pb
+from baton_engine.api import Engine, EngineRequest, StepOutput
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from baton_worker.spans import outcome
+
+_STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.5, 1.0, 2.0, 4.0)
+_WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_BLOCK_STATES = ("free", "cached", "pinned", "reserved", "used")
+
+
+class WorkerMetrics:
+    """The worker's own metrics, in the process's registry; those of handoffs are exported by the handoff manager."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._steps = Counter("baton_engine_steps", "Steps done.", registry=registry)
+        self._step_s = Histogram("baton_engine_step_seconds", "Length of a step.", registry=registry, buckets=_STEP_BUCKETS_S)
+        self._tokens = Counter("baton_engine_tokens", "Tokens computed (prefill) and drawn (decode).", ["phase"], registry=registry)
+        self._prefill_tokens = self._tokens.labels(phase="prefill")
+        self._decode_tokens = self._tokens.labels(phase="decode")
+        self._queue_s = Histogram(
+            "baton_queue_wait_seconds",
+            "From Start to the first step of the sequence.",
+            ["work", "priority"],
+            registry=registry,
+            buckets=_WAIT_BUCKETS_S,
+        )
+        self._ended = Counter("baton_attempts", "Attempts that are over, by how they ended.", ["work", "outcome"], registry=registry)
+
+    def watch_engine(self, engine: Engine) -> None:
+        """Export blocks by state and the sizes of queue and batch."""
+        blocks = Gauge("baton_kv_blocks", "KV blocks by state; they sum to all blocks.", ["state"], registry=self._registry)
+        for state in _BLOCK_STATES:
+            blocks.labels(state=state).set_function(partial(_count, engine, state))
+        self.watch("baton_kv_pool_blocks", "KV blocks of the pool.", lambda: engine.pool.num_blocks)
+        self.watch("baton_kv_block_bytes", "Bytes of one KV block.", lambda: engine.pool.block_bytes)
+        self.watch("baton_running_sequences", "Sequences in the running batch.", lambda: engine.stats().running_sequences)
+        self.watch(
+            "baton_waiting_prefill_tokens", "Prompt tokens in the engine still to compute.", lambda: engine.stats().waiting_prefill_tokens
+        )
+
+    def watch(self, name: str, documentation: str, value: Callable[[], float]) -> None:
+        """Export value() as a gauge."""
+        Gauge(name, documentation, registry=self._registry).set_function(value)
+
+    def step(self, output: StepOutput) -> None:
+        """One step was done."""
+        self._steps.inc()
+        self._step_s.observe(output.duration_s)
+        self._prefill_tokens.inc(output.prefill_tokens)
+        self._decode_tokens.inc(len(output.keys))
+
+    def queue_wait(self, request: EngineRequest, waited_s: float) -> None:
+        """A sequence was in a step for the first time."""
+        self._queue_s.labels(work=request.work.value, priority=request.priority.name.lower()).observe(waited_s)
+
+    def ended(self, request: EngineRequest, finished: pb.Finished) -> None:
+        """An accepted attempt is over."""
+        self._ended.labels(work=request.work.value, outcome=outcome(finished.reason)).inc()
+
+
+def _count(engine: Engine, state: str) -> float:
+    return float(getattr(engine.blocks.counts(), state))
