@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import psutil
+from baton_runtime.log import configure_logging
 from rich.console import Console
 
 from baton_cli import chat as chat_command
@@ -30,6 +31,7 @@ _folder = click.option(
 @click.version_option(package_name="baton-cli")
 def main() -> None:
     """Serve language models with prefill and decode in separate processes, and lose nothing on the way."""
+    configure_logging("cli", "cli", "", level="error", fmt="console")  # the libraries' events are not for this terminal
 
 
 @main.command()
