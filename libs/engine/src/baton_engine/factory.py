@@ -67,30 +67,35 @@ def build_engine(
     max_chunk_tokens: int = 2048,
     max_mixed_step_s: float = 0.25,
     max_waiting: int = 64,
+    device: str = "cpu",
+    num_threads: int | None = None,
 ) -> LoadedEngine:
     """Load an engine of kind "sim" or "torch".
 
     model_path: Hugging Face folder; optional for sim, which takes only sizes and token ids from it. profile: sim only, a
     shipped name or a path. hash_block_tokens: granularity of the hash chain, divides block_tokens; 0: block_tokens.
-    max_mixed_step_s: bound on predicted steps while sequences decode along. Blocking; takes as long as reading the weights.
+    max_mixed_step_s: bound on predicted steps while sequences decode along. device, num_threads: torch only. Blocking; takes as
+    long as reading the weights.
     Raises: ConfigError (ProfileError for a profile) naming the setting; ModelFolderError from the torch engine.
     """
     hash_block_tokens = hash_block_tokens or block_tokens
     if block_tokens < 1 or block_tokens % hash_block_tokens:
         raise ConfigError("block_tokens", f"{block_tokens} is not a multiple of hash_block_tokens={hash_block_tokens}")
     limits = SchedulerLimits(block_tokens, max_batch_sequences, max_chunk_tokens, max_mixed_step_s=max_mixed_step_s)
-    return LoadedEngine(_runner(kind, model_path, profile, block_tokens), limits, hash_block_tokens, max_waiting)
-
-
-def _runner(kind: str, model_path: Path | None, profile: str, block_tokens: int) -> ModelRunner:
     if kind == "sim":
-        return SimRunner(load_profile(profile), block_tokens, model_path)
-    if kind != "torch":
+        runner: ModelRunner = SimRunner(load_profile(profile), block_tokens, model_path)
+    elif kind == "torch":
+        runner = _torch_runner(model_path, block_tokens, device, num_threads)
+    else:
         raise ConfigError("engine", f"{kind!r} is not one of {', '.join(KINDS)}")
+    return LoadedEngine(runner, limits, hash_block_tokens, max_waiting)
+
+
+def _torch_runner(model_path: Path | None, block_tokens: int, device: str, num_threads: int | None) -> ModelRunner:
     if model_path is None:
         raise ConfigError("model", "the torch engine needs a model folder")
     try:
-        from baton_engine.torch_runner import load_torch_runner  # an extra: sim must work without torch
+        from baton_engine.torch_runner import TorchRunner  # an extra: sim must work without torch
     except ImportError as error:
         raise ConfigError("engine", f"torch needs the extra baton-engine[torch]: {error}") from error
-    return load_torch_runner(model_path, block_tokens)
+    return TorchRunner(model_path, block_tokens=block_tokens, device=device, num_threads=num_threads)

@@ -1,7 +1,6 @@
 """What a model has to do for the paged engine: compute KV into blocks and draw tokens. No scheduling, no block accounting.
 
-Implemented by `sim_runner.SimRunner` and `torch_runner.TorchRunner`; called only from the engine's thread. The factory loads
-the torch one with `torch_runner.load_torch_runner(model_path: Path, block_tokens: int) -> ModelRunner`.
+Implemented by `sim_runner.SimRunner` and `torch_runner.TorchRunner`; called only from the engine's thread.
 """
 
 from array import array

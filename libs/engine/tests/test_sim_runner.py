@@ -1,0 +1,143 @@
+import json
+from array import array
+
+import numpy as np
+import pytest
+from baton_engine.api import SamplingParams, SequenceKey
+from baton_engine.errors import ProfileError, StepFailed
+from baton_engine.pool import KvPool
+from baton_engine.runner import ChunkItem, StepLoad
+from baton_engine.sim_pattern import expected_block_bytes, states
+from baton_engine.sim_profile import load_profile
+from baton_engine.sim_runner import SimRunner, expected_next_token
+from baton_engine.virtual import VirtualClock, tokens_of
+
+KEY = SequenceKey("a", 1)
+
+
+def bound_runner(profile: str = "instant", clock: VirtualClock | None = None, model_path=None) -> tuple[SimRunner, KvPool]:
+    clock = clock or VirtualClock()
+    runner = SimRunner(load_profile(profile), 4, model_path, sleep=clock.sleep, clock=clock)
+    pool = KvPool(np.zeros((32, runner.layout.block_bytes), dtype=np.uint8), runner.layout)
+    runner.bind(pool)
+    return runner, pool
+
+
+def item(tokens: array, start: int, end: int, table: list[int], key: SequenceKey = KEY) -> ChunkItem:
+    return ChunkItem(key, tokens, start, end, table, end == len(tokens), SamplingParams(), len(tokens))
+
+
+def test_bytes_are_those_of_the_pure_function_however_the_prompt_is_cut():
+    runner, pool = bound_runner()
+    tokens, table = tokens_of(14), [9, 3, 20, 7]
+    for start, end in [(0, 1), (1, 6), (6, 13), (13, 14)]:
+        runner.run([item(tokens, start, end, table)])
+    for index, block in enumerate(table):
+        assert np.array_equal(pool.data[block], expected_block_bytes(runner.layout, tokens, index))
+
+
+def test_batch_writes_only_its_own_slots():
+    runner, pool = bound_runner()
+    pool.data[:] = 0xEE
+    runner.run([item(tokens_of(6, 1), 0, 6, [1, 2], SequenceKey("a", 1)), item(tokens_of(5, 2), 0, 5, [5, 4], SequenceKey("b", 1))])
+    untouched = [block for block in range(32) if (pool.data[block] == 0xEE).all()]
+    assert set(range(32)) - set(untouched) == {1, 2, 4, 5}
+    assert (pool.data[2].reshape(4, 4, -1)[:, 2:] == 0xEE).all()
+
+
+def test_planes_slots_and_sequences_hold_different_bytes():
+    runner, _ = bound_runner()
+    rows = [expected_block_bytes(runner.layout, tokens_of(4, seed), 0).reshape(16, -1) for seed in (1, 2)]
+    assert len({row.tobytes() for block in rows for row in block}) == 32
+
+
+def test_state_depends_on_every_token_and_its_position():
+    tokens = tokens_of(8)
+    swapped = array("I", tokens)
+    swapped[0], swapped[1] = swapped[1], swapped[0]
+    assert states(tokens)[-1] != states(swapped)[-1]
+
+
+def test_drawn_token_depends_on_the_sequence_alone():
+    runner, _ = bound_runner()
+    tokens = tokens_of(9)
+    alone = runner.run([item(tokens, 0, 9, [0, 1, 2])])[0]
+    batch = runner.run([item(tokens_of(3, 5), 0, 3, [5], SequenceKey("b", 1)), item(tokens, 0, 9, [8, 9, 10], SequenceKey("c", 1))])
+    assert alone.token_id == batch[1].token_id == expected_next_token(runner, tokens)
+
+
+def test_foreign_bytes_are_noticed_and_nothing_is_written():
+    runner, pool = bound_runner()
+    tokens = tokens_of(9)
+    for index in range(2):
+        pool.data[index] = expected_block_bytes(runner.layout, tokens, index)
+    pool.data[1, 40] ^= 1
+    with pytest.raises(StepFailed, match="kv_corrupt") as caught:
+        runner.run([item(tokens, 8, 9, [0, 1, 2])])
+    assert caught.value.keys == {KEY}
+    assert not pool.data[2].any()
+
+
+def test_kv_of_a_later_sequence_under_the_same_tokens_is_right():
+    runner, pool = bound_runner()
+    tokens = tokens_of(9)
+    for index in range(2):
+        pool.data[index + 10] = expected_block_bytes(runner.layout, tokens, index)
+    assert runner.run([item(tokens, 8, 9, [10, 11, 2])])[0].token_id == expected_next_token(runner, tokens)
+
+
+def test_step_takes_the_predicted_time():
+    clock = VirtualClock()
+    runner, _ = bound_runner("polynomial", clock)
+    before = clock.now
+    runner.run([item(tokens_of(64), 0, 64, list(range(16)))])
+    assert clock.now - before == pytest.approx(runner.predict_s(StepLoad(prefill_tokens=64))) == pytest.approx(0.01748, abs=1e-5)
+
+
+def test_prediction_never_falls_as_a_step_grows():
+    runner, _ = bound_runner("polynomial")
+    for grow in ("prefill_tokens", "decode_sequences", "decode_kv_tokens"):
+        times = [runner.predict_s(StepLoad(decode_sequences=1)._replace(**{grow: n})) for n in range(1, 2000, 7)]
+        assert times == sorted(times)
+
+
+def write_folder(path, *, vocab_size=10, eos=1):
+    (path / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "max_position_embeddings": 50, "eos_token_id": eos}))
+    vocab = {f"t{number}": number for number in range(8)}
+    added = [{"id": 0, "content": "<s>", "special": True}, {"id": 7, "content": "word", "special": False}]
+    (path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab}, "added_tokens": added}))
+
+
+def test_folder_gives_sizes_and_the_tokens_that_may_be_drawn(tmp_path):
+    write_folder(tmp_path)
+    runner, _ = bound_runner(model_path=tmp_path)
+    assert (runner.info.vocab_size, runner.info.max_model_tokens, runner.info.eos_token_ids) == (10, 50, frozenset([1]))
+    drawn = {expected_next_token(runner, array("I", [number])) for number in range(200)}
+    assert drawn == {2, 3, 4, 5, 6, 7}
+
+
+def test_generation_config_adds_ends_of_sequence(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
+    runner, _ = bound_runner(model_path=tmp_path)
+    assert runner.info.eos_token_ids == {1, 5}
+
+
+def test_fingerprint_tells_folders_apart_and_is_stable(tmp_path):
+    write_folder(tmp_path)
+    first = bound_runner(model_path=tmp_path)[0].info.fingerprint
+    assert bound_runner(model_path=tmp_path)[0].info.fingerprint == first
+    write_folder(tmp_path, vocab_size=9)
+    assert bound_runner(model_path=tmp_path)[0].info.fingerprint != first
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_unusable_folder_names_the_file(tmp_path, name, content):
+    write_folder(tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ProfileError, match=name):
+        bound_runner(model_path=tmp_path)
