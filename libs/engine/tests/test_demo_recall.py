@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from baton_engine.api import SamplingParams, SequenceKey
-from baton_engine.hf_model import load_model_folder
+from baton_engine.hf_model import inspect_model_folder
 from baton_engine.pool import KvPool
 from baton_engine.runner import ChunkItem
 from baton_engine.torch_runner import TorchRunner
@@ -92,7 +92,7 @@ def test_text_reads_well_and_punctuation_needs_no_spaces(tokenizer: Tokenizer) -
 
 
 def test_folder_is_small_and_complete() -> None:
-    folder = load_model_folder(FOLDER)
+    folder = inspect_model_folder(FOLDER)
     assert folder.eos_token_ids == {2}
     assert folder.max_model_tokens >= 2048
     assert folder.chat_template

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from baton_engine.api import SamplingParams, SequenceKey  # noqa: E402
 from baton_engine.errors import StepFailed  # noqa: E402
+from baton_engine.hf_model import ModelTooLarge  # noqa: E402
 from baton_engine.pool import KvPool  # noqa: E402
 from baton_engine.runner import ChunkItem, StepLoad  # noqa: E402
 from baton_engine.testing import make_random_model  # noqa: E402
@@ -299,3 +300,10 @@ def test_pool_of_another_layout_is_refused(llama: Path) -> None:
     other = TorchRunner(llama, block_tokens=16).layout
     with pytest.raises(ValueError, match="given to a model"):
         runner.bind(KvPool(np.zeros((4, other.block_bytes), np.uint8), other))
+
+
+def test_pool_that_does_not_fit_with_the_model_is_refused(llama: Path) -> None:
+    runner = TorchRunner(llama, num_threads=1)
+    huge = np.broadcast_to(np.zeros((1, runner.layout.block_bytes), np.uint8), (1 << 40, runner.layout.block_bytes))
+    with pytest.raises(ModelTooLarge, match="KV pool"):
+        runner.bind(KvPool(huge, runner.layout))

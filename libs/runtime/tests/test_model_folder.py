@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from baton_runtime.model_folder import ModelFolderError, kv_token_bytes, load_model_folder, weights_bytes
+from baton_runtime.model_folder import ModelFolderError, inspect_model_folder, kv_token_bytes, weights_bytes
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,7 +42,7 @@ def write(folder: Path, config: dict[str, Any] | None = None, **files: str) -> P
 
 
 def test_folder_tells_the_layout(tmp_path: Path) -> None:
-    model = load_model_folder(write(tmp_path))
+    model = inspect_model_folder(write(tmp_path))
     assert (model.num_layers, model.num_kv_heads, model.head_dim, model.dtype) == (3, 2, 16, "bfloat16")
     assert (model.max_model_tokens, model.vocab_size, model.eos_token_ids) == (512, 100, {7})
     assert model.num_parameters == 640
@@ -53,9 +53,9 @@ def test_folder_tells_the_layout(tmp_path: Path) -> None:
 
 def test_defaults_of_older_configs_are_understood(tmp_path: Path) -> None:
     config = {"num_key_value_heads": None, "dtype": None, "torch_dtype": "float16", "head_dim": 32}
-    model = load_model_folder(write(tmp_path, config))
+    model = inspect_model_folder(write(tmp_path, config))
     assert (model.num_kv_heads, model.head_dim, model.dtype) == (4, 32, "float16")
-    assert load_model_folder(write(tmp_path, {"dtype": None})).dtype == "bfloat16"  # as the weights are stored
+    assert inspect_model_folder(write(tmp_path, {"dtype": None})).dtype == "bfloat16"  # as the weights are stored
 
 
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "Qwen3MoeForCausalLM", "T5ForConditionalGeneration"])
@@ -63,7 +63,7 @@ def test_other_architectures_are_refused_with_what_is_supported(tmp_path: Path, 
     with pytest.raises(
         ModelFolderError, match=f"{name} is not supported; supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
     ):
-        load_model_folder(write(tmp_path, {"architectures": [name]}))
+        inspect_model_folder(write(tmp_path, {"architectures": [name]}))
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_other_architectures_are_refused_with_what_is_supported(tmp_path: Path, 
 )
 def test_unsupported_features_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelFolderError, match=message):
-        load_model_folder(write(tmp_path, config))
+        inspect_model_folder(write(tmp_path, config))
 
 
 def test_every_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"missing config\.json, tokenizer\.json, model\.safetensors"):
-        load_model_folder(tmp_path)
+        inspect_model_folder(tmp_path)
     with pytest.raises(ModelFolderError, match="no such folder"):
-        load_model_folder(tmp_path / "nowhere")
+        inspect_model_folder(tmp_path / "nowhere")
 
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:
@@ -97,54 +97,54 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelFolderError, match=r"missing model-2\.safetensors$"):
-        load_model_folder(tmp_path)
+        inspect_model_folder(tmp_path)
     (tmp_path / "model-2.safetensors").write_bytes(safetensors([5, 4]))
-    assert load_model_folder(tmp_path).num_parameters == 660
+    assert inspect_model_folder(tmp_path).num_parameters == 660
 
 
 def test_pickled_damaged_and_short_weights_are_refused(tmp_path: Path) -> None:
     weights = write(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ModelFolderError, match="cut short"):
-        load_model_folder(tmp_path)
+        inspect_model_folder(tmp_path)
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ModelFolderError, match="not a safetensors file"):
-        load_model_folder(tmp_path)
+        inspect_model_folder(tmp_path)
     weights.rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelFolderError, match="safetensors only"):
-        load_model_folder(tmp_path)
+        inspect_model_folder(tmp_path)
 
 
 @pytest.mark.parametrize(("value", "want"), [("5", {5}), ("[5, 6]", {5, 6}), ("null", {7})])
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path, value: str, want: set[int]) -> None:
     folder = write(tmp_path, generation_config__json=f'{{"eos_token_id": {value}}}')
-    assert load_model_folder(folder).eos_token_ids == want
+    assert inspect_model_folder(folder).eos_token_ids == want
 
 
 def test_chat_template_and_special_tokens(tmp_path: Path) -> None:
-    assert load_model_folder(write(tmp_path)).chat_template is None
+    assert inspect_model_folder(write(tmp_path)).chat_template is None
     several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     about = {"chat_template": several, "bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
-    model = load_model_folder(write(tmp_path, tokenizer_config__json=json.dumps(about)))
+    model = inspect_model_folder(write(tmp_path, tokenizer_config__json=json.dumps(about)))
     assert model.chat_template == "D"
     assert model.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
-    assert load_model_folder(write(tmp_path, chat_template__jinja="J")).chat_template == "J"
+    assert inspect_model_folder(write(tmp_path, chat_template__jinja="J")).chat_template == "J"
 
 
 def test_fingerprint_tells_models_apart_and_folders_alike(tmp_path: Path) -> None:
     first, copy = write(tmp_path / "a"), write(tmp_path / "b")
-    assert load_model_folder(first).fingerprint == load_model_folder(copy).fingerprint
+    assert inspect_model_folder(first).fingerprint == inspect_model_folder(copy).fingerprint
     write(copy, {"rms_norm_eps": 1e-5})
-    assert load_model_folder(first).fingerprint != load_model_folder(copy).fingerprint
+    assert inspect_model_folder(first).fingerprint != inspect_model_folder(copy).fingerprint
 
 
 def test_fingerprint_tells_trainings_of_the_same_size_apart(tmp_path: Path) -> None:
     folder = write(tmp_path)
-    before = load_model_folder(folder).fingerprint
+    before = inspect_model_folder(folder).fingerprint
     with (folder / "model.safetensors").open("r+b") as weights:
         weights.seek(-100, os.SEEK_END)
         weights.write(b"\1")
-    assert load_model_folder(folder).fingerprint != before
+    assert inspect_model_folder(folder).fingerprint != before
 
 
 def test_torch_is_not_imported() -> None:

@@ -1,9 +1,11 @@
 """From a checked Hugging Face folder to what an engine is, and whether it fits. Imports neither torch nor transformers."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from baton_runtime.model_folder import DTYPE_BYTES, ModelFolder, ModelFolderError, load_model_folder, weights_bytes
+from baton_runtime.errors import ConfigError
+from baton_runtime.model_folder import DTYPE_BYTES, ModelFolder, ModelFolderError, inspect_model_folder, weights_bytes
 
 from baton_engine.api import EngineInfo
 from baton_engine.pool import BlockLayout
@@ -12,10 +14,10 @@ __all__ = [
     "MemoryNeed",
     "ModelFolderError",
     "ModelTooLarge",
-    "available_memory_bytes",
     "block_layout",
     "engine_info",
-    "load_model_folder",
+    "inspect_model_folder",
+    "memory_limit_bytes",
     "memory_need",
 ]
 
@@ -24,8 +26,11 @@ __all__ = [
 _WORK_BYTES = 512 << 20
 
 
-class ModelTooLarge(Exception):
+class ModelTooLarge(ConfigError):
     """Weights and KV pool do not fit into memory; the message says what needs how much."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("kv_memory_bytes", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +46,12 @@ class MemoryNeed:
         """All of it."""
         return self.weights_bytes + self.pool_bytes + self.work_bytes
 
-    def check(self, available_bytes: int) -> None:
-        """Raises: ModelTooLarge if there is less memory than this."""
-        if self.total_bytes > available_bytes:
+    def check(self, limit_bytes: int) -> None:
+        """Raises: ModelTooLarge if the process may have less memory than this."""
+        if self.total_bytes > limit_bytes:
             raise ModelTooLarge(
                 f"needs {_gib(self.total_bytes)} (weights {_gib(self.weights_bytes)}, KV pool {_gib(self.pool_bytes)}, "
-                f"working memory {_gib(self.work_bytes)}), available are {_gib(available_bytes)}; choose a smaller KV pool or model"
+                f"working memory {_gib(self.work_bytes)}), available are {_gib(limit_bytes)}; choose a smaller KV pool or model"
             )
 
 
@@ -69,14 +74,15 @@ def memory_need(folder: ModelFolder, layout: BlockLayout, num_blocks: int) -> Me
     return MemoryNeed(weights_bytes(folder, layout.dtype), num_blocks * layout.block_bytes)
 
 
-def available_memory_bytes() -> int:
-    """Memory this process may still take: the kernel's estimate, or what is left under its control group's limit."""
+def memory_limit_bytes() -> int:
+    """Memory this process may have in all: what it has and what is left, by the kernel's estimate or its control group's limit."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         available = min(available, int(text) - int(used.read_text()))
-    return available
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return available + resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gib(num_bytes: int) -> str:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from baton_engine.api import SamplingParams, SequenceKey, TokenLogprobs
 from baton_engine.attention import StepPlan, attend_for, plan_step
 from baton_engine.errors import StepFailed
-from baton_engine.hf_model import available_memory_bytes, block_layout, engine_info, load_model_folder, memory_need
+from baton_engine.hf_model import block_layout, engine_info, inspect_model_folder, memory_limit_bytes, memory_need
 from baton_engine.pool import KvPool
 from baton_engine.runner import ChunkItem, Draw, StepLoad
 from baton_engine.sampling import DrawRequest, draw
@@ -63,11 +63,10 @@ class TorchRunner:
         """
         self._device = torch.device(device)
         self.attend = attend_for(self._device)
-        folder = load_model_folder(model_path)
+        self._folder = folder = inspect_model_folder(model_path)
         self.layout = block_layout(folder, block_tokens, dtype or ("float32" if self._device.type == "cpu" else None))
         self.info = engine_info(folder, max_model_tokens)
-        if self._device.type == "cpu":
-            memory_need(folder, self.layout, 0).check(available_memory_bytes())
+        self._refuse_too_large(num_blocks=0)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         transformers_logging.disable_progress_bar()
@@ -79,9 +78,13 @@ class TorchRunner:
         self._pool: TorchPool | None = None
 
     def bind(self, pool: KvPool) -> None:
-        """Use this pool, and run a few steps in it to learn how long they take; it is left zeroed."""
+        """Use this pool, and run a few steps in it to learn how long they take; it is left zeroed.
+
+        Raises: ModelTooLarge if weights and pool together do not fit (pages of a fresh pool are not taken yet).
+        """
         if pool.layout != self.layout:
             raise ValueError(f"pool of {pool.layout} given to a model of {self.layout}")
+        self._refuse_too_large(pool.num_blocks)
         self._pool = TorchPool(pool, self._device)
         self._warm_up(pool)
 
@@ -146,6 +149,10 @@ class TorchRunner:
             rows = slice(plan.first_rows[i], plan.last_rows[i] + 1)
             self._pool.clear(plan.write_blocks[rows], plan.write_slots[rows])
         raise StepFailed([items[i].key for i in damaged], "activations are not finite")
+
+    def _refuse_too_large(self, num_blocks: int) -> None:
+        if self._device.type == "cpu":
+            memory_need(self._folder, self.layout, num_blocks).check(memory_limit_bytes())
 
     def _warm_up(self, pool: KvPool) -> None:
         """Observe steps of several shapes on throw-away tokens, then zero the blocks used."""

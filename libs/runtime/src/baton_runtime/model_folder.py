@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from baton_runtime.errors import ConfigError
+
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -26,8 +28,11 @@ _NUM_SAMPLES = 256
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
-class ModelFolderError(Exception):
+class ModelFolderError(ConfigError):
     """A model folder cannot be served; the message names the folder and what is wrong with it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("model", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class _WeightIndex(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def load_model_folder(path: Path | str) -> ModelFolder:
+def inspect_model_folder(path: Path | str) -> ModelFolder:
     """Check a folder and tell what is in it. Reads small files, safetensors headers and at most 80 MiB of weights per file.
 
     Raises: ModelFolderError naming every missing file, or the unsupported feature, with what is supported.
