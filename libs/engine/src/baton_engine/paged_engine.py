@@ -77,6 +77,8 @@ class PagedEngine:
         if self._scheduler.get(request.key) or any(state.key == request.key for state in self._arrivals):
             raise InvalidArgument("key", "this attempt is in the engine already")
         state = SequenceState(request, self._num_added, self._clock(), array("I", request.token_ids))
+        longest = min(self.info.max_model_tokens, self.pool.num_blocks * self._block_tokens + 1)
+        state.max_length = min(longest, request.num_prompt_tokens + request.sampling.max_tokens)
         num_kv = request.num_kv_tokens
         state.hashes = block_hashes(request.cache_root, request.token_ids[:num_kv], self._hash_block_tokens, self._block_tokens)
         if request.work is not Work.WHOLE or self.blocks.has_table(request.key):
@@ -165,7 +167,7 @@ class PagedEngine:
                 self._announce(state)
                 if state.remaining == 0:
                     self._end(state, EndReason.PREFILLED)
-            elif self._is_at_length(state):
+            elif len(state.tokens) >= state.max_length:
                 self._end(state, EndReason.LENGTH)
         self._arrivals.clear()
 
@@ -247,13 +249,8 @@ class PagedEngine:
         is_eos = draw.token_id in self.info.eos_token_ids and not sampling.ignore_eos
         if position >= sampling.min_tokens and (is_eos or draw.token_id in sampling.stop_token_ids):
             self._end(state, EndReason.STOP, stop_token_id=draw.token_id)
-        elif self._is_at_length(state):
+        elif len(state.tokens) >= state.max_length:
             self._end(state, EndReason.LENGTH)
-
-    def _is_at_length(self, state: SequenceState) -> bool:
-        num_tokens = len(state.tokens)
-        limit = min(self.info.max_model_tokens, self.pool.num_blocks * self._block_tokens + 1)
-        return num_tokens >= limit or num_tokens - state.request.num_prompt_tokens >= state.request.sampling.max_tokens
 
     def _end_guilty(self, chunks: list[Chunk], failure: StepFailed) -> None:
         """End the sequences a failed step names; nothing of the others was advanced, so they run again from where they were.

@@ -4,7 +4,7 @@ Implemented by `sim_runner.SimRunner` and `torch_runner.TorchRunner`; called onl
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -53,13 +53,22 @@ class StepLoad(NamedTuple):
     decode_sequences: int = 0  # items with exactly one token
     decode_kv_tokens: int = 0  # sum of `end` over those
 
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[int, int]]) -> "StepLoad":
+        """Load of a step that computes these ranges [start, end)."""
+        prefill_tokens = attended = decode_sequences = kv_tokens = 0
+        for start, end in chunks:
+            if end - start == 1:
+                decode_sequences += 1
+                kv_tokens += end
+            else:
+                prefill_tokens += end - start
+                attended += (end * (end + 1) - start * (start + 1)) // 2
+        return cls(prefill_tokens, attended, decode_sequences, kv_tokens)
+
     def plus(self, start: int, end: int) -> "StepLoad":
         """This load and a chunk [start, end)."""
-        tokens = end - start
-        if tokens == 1:
-            return self._replace(decode_sequences=self.decode_sequences + 1, decode_kv_tokens=self.decode_kv_tokens + end)
-        attended = (end * (end + 1) - start * (start + 1)) // 2
-        return self._replace(prefill_tokens=self.prefill_tokens + tokens, prefill_attended_tokens=self.prefill_attended_tokens + attended)
+        return StepLoad(*(mine + more for mine, more in zip(self, StepLoad.of([(start, end)]), strict=True)))
 
 
 class Draw(NamedTuple):

@@ -113,10 +113,10 @@ class Scheduler:
         plan = Plan()
         for state in self._decoding():
             if self._make_room(state, len(state.tokens), plan):
-                self._take(plan, state, len(state.tokens))
-        self._drop_preempted(plan)
+                plan.chunks.append(Chunk(state, state.computed, len(state.tokens)))
+        self._settle(plan)
         self._add_prefills(plan)
-        self._drop_preempted(plan)
+        self._settle(plan)
         plan.predicted_s = self._predict_s(plan.load) if plan.chunks else 0.0
         return plan
 
@@ -173,16 +173,11 @@ class Scheduler:
         candidates = [state for state in self.running.values() if not state.is_prefill_only]
         return max(candidates, key=lambda state: (state.request.priority, state.number))
 
-    def _take(self, plan: Plan, state: SequenceState, end: int) -> None:
-        plan.chunks.append(Chunk(state, state.computed, end))
-        plan.load = plan.load.plus(state.computed, end)
-
-    def _drop_preempted(self, plan: Plan) -> None:
+    def _settle(self, plan: Plan) -> None:
+        """Drop chunks of sequences that were preempted after they had been chosen, and add up the rest."""
         if plan.preempted:
             plan.chunks = [chunk for chunk in plan.chunks if chunk.state.key in self.running]
-            plan.load = StepLoad()
-            for chunk in plan.chunks:
-                plan.load = plan.load.plus(chunk.start, chunk.end)
+        plan.load = StepLoad.of((start, end) for _, start, end in plan.chunks)
 
     def _add_prefills(self, plan: Plan) -> None:
         limits = self.limits
@@ -204,8 +199,10 @@ class Scheduler:
                 started.popleft()
             # The first chunk always gets a little: a full batch of decoding sequences must not starve prompts.
             length = self._chunk_tokens(plan.load, state, budget, limit_s) or min(limits.block_tokens, state.remaining, budget)
-            if self._make_room(state, state.computed + length, plan):
-                self._take(plan, state, state.computed + length)
+            end = state.computed + length
+            if self._make_room(state, end, plan):
+                plan.chunks.append(Chunk(state, state.computed, end))
+                plan.load = plan.load.plus(state.computed, end)
             budget -= length
 
     def _best(self, started: deque[_Ranked], *, has_slot: bool) -> SequenceState | None:

@@ -23,20 +23,20 @@ class SequenceState:
     published: int = 0  # full blocks that are reusable under their hash
     announced: int = 0  # PREFILL_ONLY: blocks below are announced, or the sink's own
     drawn: int = 0
+    max_length: int = 0  # tokens at which the sequence ends with LENGTH
     paused: bool = False
     started: bool = False
     last_step: int = 0
     waiting_rank: float = 0.0
+    is_prefill_only: bool = field(init=False)  # samples nothing; its blocks are promised to a sink
+
+    def __post_init__(self) -> None:
+        self.is_prefill_only = self.request.work is Work.PREFILL_ONLY
 
     @property
     def key(self) -> SequenceKey:
         """Name of the sequence."""
         return self.request.key
-
-    @property
-    def is_prefill_only(self) -> bool:
-        """Samples nothing; its blocks are promised to a sink."""
-        return self.request.work is Work.PREFILL_ONLY
 
     @property
     def goal(self) -> int:
@@ -51,7 +51,7 @@ class SequenceState:
     @property
     def is_decoding(self) -> bool:
         """Only the newest token is to be computed."""
-        return self.remaining == 1 and not self.is_prefill_only
+        return not self.is_prefill_only and len(self.tokens) - self.computed == 1
 
     def hash_of(self, index: int, block_tokens: int, hash_block_tokens: int) -> bytes:
         """Hash of full block `index`; computed once, in order."""

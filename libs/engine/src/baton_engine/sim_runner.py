@@ -70,10 +70,9 @@ class SimRunner:
             raise StepFailed(corrupt, KV_CORRUPT)
         last_states = self._write(items)
         drawn = next_tokens(last_states, self._allowed).tolist()
-        load = StepLoad()
         for item, state in zip(items, last_states.tolist(), strict=True):
             self._known[item.key] = (item.end, state)
-            load = load.plus(item.start, item.end)
+        load = StepLoad.of((item.start, item.end) for item in items)
         remaining_s = self.predict_s(load) - (self._clock() - started_at)
         if remaining_s > 0:
             self._sleep(remaining_s)
