@@ -104,7 +104,7 @@ async def serve(service_factory: Callable[[], Service]) -> int:
     try:
         return await _Life(service).run()
     except* ConfigError as group:
-        return_code = _config_failed(next(iter(_leaves(group))))
+        return_code = _config_failed(_leaves(group)[0], f"{service.name}.")
     except* Exception as group:
         log.error("service_failed", exc_info=group)
         return_code = EXIT_FAILED
@@ -118,8 +118,11 @@ def _leaves(group: BaseExceptionGroup[ConfigError]) -> list[ConfigError]:
     return found
 
 
-def _config_failed(error: ConfigError) -> int:
-    sys.stderr.write(f"baton: configuration error: {error}\n")
+def _config_failed(error: ConfigError, prefix: str = "") -> int:
+    """prefix: "<service>.", for errors found where the service's name is not known (a port in use)."""
+    message = error.message if error.message.startswith(prefix) else prefix + error.message
+    sys.stderr.write(f"baton: configuration error: {message}\n")
+    sys.stderr.flush()
     return EXIT_CONFIG
 
 
@@ -150,17 +153,18 @@ class _Life:
         return EXIT_OK
 
     async def _start_and_wait(self) -> None:
-        if not await self._until_signal(self._service.start()):
+        if not await self._until_signal(1, self._service.start()):
             return
-        await self._until_signal(asyncio.Event().wait())
+        await self._until_signal(1, asyncio.Event().wait())
         log.info("service_draining", grace_s=self._service.config.drain_grace_s)
         began = time.monotonic()
-        is_complete = await self._until_signal(self._service.drain(), self._service.config.drain_grace_s)
+        is_complete = await self._until_signal(2, self._service.drain(), self._service.config.drain_grace_s)
         log.info("service_drained", complete=is_complete, duration_s=round(time.monotonic() - began, 3))
 
-    async def _until_signal(self, phase: Awaitable[object], limit_s: float | None = None) -> bool:
-        """Run a phase until it is done (True), or a new signal or the limit ends it (False)."""
-        scope = self._phase = asyncio.timeout(limit_s)
+    async def _until_signal(self, count: int, phase: Awaitable[object], limit_s: float | None = None) -> bool:
+        """Run a phase until it is done (True), or the count-th signal or the limit ends it (False)."""
+        # A signal that came as the phase before was ending has found no scope to move.
+        scope = self._phase = asyncio.timeout(0 if self._signals >= count else limit_s)
         try:
             async with scope:
                 await phase

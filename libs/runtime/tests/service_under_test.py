@@ -1,0 +1,56 @@
+"""A service for test_lifecycle.py, run as a process of its own: service_under_test.py <mode>. Prints what happens, one word per line."""
+
+import asyncio
+import sys
+import threading
+import time
+from typing import ClassVar
+
+from baton_runtime.config import CommonConfig, load
+from baton_runtime.lifecycle import Service, run
+from baton_runtime.rpc import GrpcServer
+
+MODE = sys.argv[1]
+
+
+def say(word: str) -> None:
+    sys.stdout.write(f"{word}\n")
+    sys.stdout.flush()
+
+
+class TestedService(Service):
+    name: ClassVar[str] = "decode"
+
+    async def start(self) -> None:
+        self.closing.callback(say, "closed-first-started")
+        if MODE == "start-hangs":
+            say("starting")
+            await asyncio.Event().wait()
+        server = GrpcServer(self.config.listen)
+        address = await server.start()
+        self.closing.push_async_callback(server.close)
+        self.closing.callback(say, "closed-last-started")
+        if MODE == "task-fails":
+            self.tasks.create_task(self._fail())
+        if MODE == "config-error-in-start":
+            await GrpcServer(address).start()
+        self.log_ready(grpc_address=address)
+        say("ready")
+
+    async def drain(self) -> None:
+        say("draining")
+        if MODE == "drain-hangs":
+            await asyncio.Event().wait()
+        say("drained")
+
+    async def close(self) -> None:
+        if MODE == "thread-hangs":
+            threading.Thread(target=time.sleep, args=[60]).start()
+        await super().close()
+
+    async def _fail(self) -> None:
+        raise ValueError("background task")
+
+
+if __name__ == "__main__":
+    run(lambda: TestedService(load(CommonConfig, "decode")))

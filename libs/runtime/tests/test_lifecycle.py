@@ -1,0 +1,157 @@
+"""The life of a process, with a real process, and of its parts."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from baton_runtime.lifecycle import LoopStallWatch, new_incarnation
+from baton_runtime.testing import wait_until
+
+SCRIPT = Path(__file__).with_name("service_under_test.py")
+
+
+class Child:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    async def says(self, word: str) -> None:
+        assert self.process.stdout is not None
+        async with asyncio.timeout(10):
+            assert (await self.process.stdout.readline()).decode().strip() == word
+
+    async def ends(self, code: int) -> str:
+        """Returns: stderr."""
+        async with asyncio.timeout(10):
+            _, stderr = await self.process.communicate()
+        assert self.process.returncode == code, stderr.decode()
+        return stderr.decode()
+
+
+@contextlib.asynccontextmanager
+async def child(mode: str, **environ: str) -> AsyncIterator[Child]:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(SCRIPT), mode, stdout=pipe, stderr=pipe, env={**os.environ, **environ}
+    )
+    try:
+        yield Child(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def test_sigterm_drains_then_closes_in_reverse_order() -> None:
+    async with child("normal") as service:
+        await service.says("ready")
+        service.process.send_signal(signal.SIGTERM)
+        for word in ("draining", "drained", "closed-last-started", "closed-first-started"):
+            await service.says(word)
+        events = [json.loads(line) for line in (await service.ends(0)).splitlines() if line.startswith("{")]
+    ready = next(e for e in events if e["event"] == "service_ready")
+    assert ready["grpc_address"].startswith("127.0.0.1:")
+    assert ready["pid"] == service.process.pid
+    assert ready["instance_id"] == f"decode-{ready['incarnation'][:6]}"
+    assert {"http_address", "metrics_address"} <= ready.keys()
+    assert events[0]["event"] == "config_effective"
+
+
+async def test_second_signal_closes_at_once() -> None:
+    async with child("drain-hangs") as service:
+        await service.says("ready")
+        service.process.send_signal(signal.SIGINT)
+        await service.says("draining")
+        service.process.send_signal(signal.SIGINT)
+        await service.says("closed-last-started")
+        await service.ends(0)
+
+
+async def test_drain_is_bounded_by_the_grace() -> None:
+    async with child("drain-hangs", BATON_DECODE_DRAIN_GRACE_S="0.1") as service:
+        await service.says("ready")
+        service.process.send_signal(signal.SIGTERM)
+        await service.says("draining")
+        await service.says("closed-last-started")
+        await service.ends(0)
+
+
+async def test_signal_while_starting_ends_the_start() -> None:
+    async with child("start-hangs") as service:
+        await service.says("starting")
+        service.process.send_signal(signal.SIGTERM)
+        await service.says("closed-first-started")
+        await service.ends(0)
+
+
+async def test_failed_background_task_closes_and_exits_1() -> None:
+    async with child("task-fails") as service:
+        await service.says("ready")
+        await service.says("closed-last-started")
+        assert "service_failed" in await service.ends(1)
+
+
+async def test_config_error_is_one_line_and_exit_2() -> None:
+    async with child("normal", BATON_DECODE_LOG_LEVEL="loud") as service:
+        (line,) = (await service.ends(2)).splitlines()
+    assert line.startswith("baton: configuration error: decode.log_level: 'loud' (from environment BATON_DECODE_LOG_LEVEL)")
+
+
+async def test_config_error_in_start_names_the_service_and_exits_2() -> None:
+    async with child("config-error-in-start") as service:
+        await service.says("closed-last-started")
+        assert "baton: configuration error: decode.listen: cannot bind" in await service.ends(2)
+
+
+async def test_thread_that_hangs_does_not_keep_the_process() -> None:
+    async with child("thread-hangs") as service:
+        await service.says("ready")
+        service.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        await service.ends(0)
+        assert time.monotonic() - began < 6
+
+
+def test_incarnation_is_16_hex_digits_and_new() -> None:
+    first, second = new_incarnation(), new_incarnation()
+    assert first != second
+    assert len(bytes.fromhex(first)) == 8
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_stall_is_reported_once_with_its_length() -> None:
+    clock, stalls = Clock(), list[float]()
+    watch = LoopStallWatch(2.0, stalls.append, clock)
+    assert not watch.check(), "before the first tick nothing is known"
+    watch._last = clock.now
+    clock.now += 1.9
+    assert not watch.check()
+    clock.now += 0.5
+    assert watch.check()
+    assert not watch.check()
+    assert stalls == [pytest.approx(2.3)]
+
+
+async def test_watch_notices_a_loop_that_stood_still() -> None:
+    clock, stalls = Clock(), list[float]()
+    watch = LoopStallWatch(2.0, stalls.append, clock)
+    async with asyncio.TaskGroup() as tasks:
+        ticking = tasks.create_task(watch.run())
+        await asyncio.sleep(0)
+        clock.now += 5
+        await wait_until(lambda: stalls)
+        clock.now += 0.1
+        ticking.cancel()
+    assert stalls == [pytest.approx(4.9)]

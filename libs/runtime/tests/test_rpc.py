@@ -1,0 +1,145 @@
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from baton_runtime.errors import ConfigError
+from baton_runtime.rpc import MESSAGE_LIMIT_BYTES, GrpcServer, advertised_address, open_channel, split_address
+from baton_runtime.testing import wait_until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def add(server: GrpcServer, **methods: Any) -> None:
+    handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
+    server.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("baton.test", handlers),))
+
+
+@pytest.mark.parametrize(
+    ("listen", "advertise", "expected"),
+    [
+        ("127.0.0.1:0", "", "127.0.0.1:50"),
+        ("0.0.0.0:0", "worker-1", "worker-1:50"),
+        ("0.0.0.0:0", "worker-1:7000", "worker-1:7000"),
+        ("[::1]:0", "", "[::1]:50"),
+        ("[::]:0", "[fd00::1]", "[fd00::1]:50"),
+        ("0.0.0.0:0", "worker-1:0", "worker-1:50"),
+    ],
+)
+def test_advertised_address(listen: str, advertise: str, expected: str) -> None:
+    assert advertised_address(listen, 50, advertise) == expected
+
+
+@pytest.mark.parametrize(("listen", "advertise"), [("0.0.0.0:0", ""), ("[::]:0", ""), (":0", ""), ("h:0", "0.0.0.0"), ("h:0", "h:port")])
+def test_address_nobody_can_dial_is_refused(listen: str, advertise: str) -> None:
+    with pytest.raises(ConfigError):
+        advertised_address(listen, 50, advertise)
+
+
+def test_split_address() -> None:
+    assert split_address("host:1") == ("host", 1)
+    assert split_address("host") == ("host", None)
+    assert split_address("[::1]:2") == ("[::1]", 2)
+    assert split_address("::1") == ("::1", None)
+    with pytest.raises(ValueError, match="port"):
+        split_address("host:99999")
+
+
+async def test_server_serves_big_messages_and_health() -> None:
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    server = GrpcServer("127.0.0.1:0")
+    add(server, Echo=echo)
+    channel = open_channel(await server.start())
+    health = health_pb2_grpc.HealthStub(channel)
+    try:
+        big = bytes(MESSAGE_LIMIT_BYTES - 1024)
+        assert len(await channel.unary_unary("/baton.test/Echo")(big, timeout=10)) == len(big)
+        assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=5)).status == SERVING
+        with pytest.raises(grpc.aio.AioRpcError):
+            await health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=5)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        assert (await watch.read()).status == SERVING
+        server.set_serving(False)
+        assert (await watch.read()).status == NOT_SERVING
+        watch.cancel()
+    finally:
+        await channel.close()
+        await server.close()
+        await server.close()
+
+
+async def test_close_waits_for_the_cleanup_of_handlers() -> None:
+    running, cleaned = asyncio.Event(), []
+
+    async def waits(request: bytes, context: Any) -> bytes:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            cleaned.append(True)
+        return b""
+
+    server = GrpcServer("127.0.0.1:0")
+    add(server, Waits=waits)
+    channel = open_channel(await server.start())
+    call = channel.unary_unary("/baton.test/Waits")(b"", timeout=10)
+    await running.wait()
+    await server.close()
+    assert cleaned
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
+    await channel.close()
+
+
+async def test_port_in_use_is_a_config_error() -> None:
+    first, second = GrpcServer("127.0.0.1:0"), None
+    address = await first.start()
+    try:
+        second = GrpcServer(address)
+        with pytest.raises(ConfigError, match="cannot bind"):
+            await second.start()
+    finally:
+        await first.close()
+
+
+async def test_wildcard_without_advertised_host_is_refused_before_it_serves() -> None:
+    with pytest.raises(ConfigError, match="advertise"):
+        await GrpcServer("0.0.0.0:0").start()
+
+
+async def test_channel_finds_a_restarted_server_within_a_second() -> None:
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    first = GrpcServer("127.0.0.1:0")
+    add(first, Echo=echo)
+    address = await first.start()
+    channel = open_channel(address)
+    method = channel.unary_unary("/baton.test/Echo")
+    await method(b"x", timeout=5)
+    await first.close()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await method(b"x", timeout=5)
+    second = GrpcServer(address)
+    add(second, Echo=echo)
+    await second.start()
+    assert await method(b"y", timeout=3, wait_for_ready=True) == b"y"
+    await channel.close()
+    await second.close()
+
+
+async def test_registry_is_empty_after_calls() -> None:
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    server = GrpcServer("127.0.0.1:0")
+    add(server, Echo=echo)
+    channel = open_channel(await server.start())
+    await asyncio.gather(*(channel.unary_unary("/baton.test/Echo")(b"x", timeout=5) for _ in range(50)))
+    await wait_until(lambda: server._registry.running == 0)
+    await channel.close()
+    await server.close()

@@ -1,0 +1,97 @@
+import time
+from collections.abc import Sequence
+
+import pytest
+from baton_runtime import semconv, telemetry
+from baton_runtime.telemetry import Telemetry, configure_telemetry, context_from, traceparent
+from baton_runtime.testing import free_port
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+UNSAMPLED = SAMPLED[:-2] + "00"
+
+
+def tracing(exporter: SpanExporter | None, ratio: float = 1.0) -> Telemetry:
+    return configure_telemetry("router", "0.1.0", "router-0", "0" * 16, "", ratio, exporter)
+
+
+async def test_spans_of_a_request_carry_who_made_them() -> None:
+    exporter = InMemorySpanExporter()
+    tracing_on = tracing(exporter)
+    with tracing_on.tracer.start_as_current_span(semconv.SPAN_ROUTER_SELECT, context=context_from(SAMPLED)) as span:
+        assert traceparent().split("-")[1] == SAMPLED.split("-")[1]
+        assert traceparent().split("-")[2] == f"{span.get_span_context().span_id:016x}"
+    await tracing_on.close()
+    (finished,) = exporter.get_finished_spans()
+    assert finished.parent is not None
+    assert f"{finished.parent.span_id:016x}" == SAMPLED.split("-")[2]
+    assert finished.resource.attributes["service.name"] == "baton-router"
+    assert finished.resource.attributes["service.instance.id"] == "router-0"
+    assert finished.resource.attributes["service.version"] == "0.1.0"
+
+
+async def test_parents_decision_is_kept() -> None:
+    exporter = InMemorySpanExporter()
+    tracing_all = tracing(exporter, ratio=1.0)
+    with tracing_all.tracer.start_as_current_span("a", context=context_from(UNSAMPLED)):
+        assert traceparent().endswith("-00")
+    await tracing_all.close()
+    assert exporter.get_finished_spans() == ()
+
+
+async def test_without_export_a_traceparent_goes_on_and_none_starts() -> None:
+    silent = tracing(None)
+    with silent.tracer.start_as_current_span("a", context=context_from(SAMPLED)):
+        assert traceparent().startswith(SAMPLED[:35])
+        assert traceparent().endswith("-01")
+    with silent.tracer.start_as_current_span("a") as span:
+        assert not span.is_recording()
+    await silent.close()
+
+
+def test_no_span_is_an_empty_traceparent() -> None:
+    assert traceparent() == ""
+    assert traceparent(context_from("")) == ""
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "é", SAMPLED[:-1]])
+def test_malformed_traceparent_is_no_parent(text: str) -> None:
+    assert not trace.get_current_span(context_from(text)).get_span_context().is_valid
+
+
+def test_traceparent_survives_the_round_trip() -> None:
+    assert traceparent(context_from(SAMPLED)) == SAMPLED
+
+
+def test_no_global_provider_is_set() -> None:
+    tracing(InMemorySpanExporter())
+    assert type(trace.get_tracer_provider()).__name__ == "ProxyTracerProvider"
+
+
+class Hanging(SpanExporter):
+    """A receiver that takes its time."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        time.sleep(0.5)
+        return SpanExportResult.FAILURE
+
+
+async def test_close_does_not_wait_for_a_receiver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "FLUSH_LIMIT_S", 0.05)
+    hanging = tracing(Hanging())
+    hanging.tracer.start_span("a").end()
+    began = time.monotonic()
+    await hanging.close()
+    await hanging.close()
+    assert time.monotonic() - began < 0.4
+
+
+async def test_close_is_quick_when_nobody_receives() -> None:
+    dead = configure_telemetry("router", "0.1.0", "router-0", "0" * 16, f"127.0.0.1:{free_port()}", 1.0)
+    dead.tracer.start_span("a").end()
+    began = time.monotonic()
+    await dead.close()
+    assert time.monotonic() - began < telemetry.FLUSH_LIMIT_S + 0.5
