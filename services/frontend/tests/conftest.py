@@ -1,5 +1,6 @@
 """Small model folders and a real HTTP server on port 0 over a FakeGenerator."""
 
+from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from baton_frontend.http_server import HttpServer
 from baton_frontend.model_registry import ModelRegistry
 from baton_frontend.openai_http import HttpRecord, HttpSettings, OpenAIHandlers
@@ -26,6 +28,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(model_folder: Path) -> Tokenizer:
     """Its tokenizer."""
     return Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], AbstractEventLoop]]:
+    """The loop of production: it differs where it hurts (writes on a closed transport raise)."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 class Records(list[HttpRecord]):

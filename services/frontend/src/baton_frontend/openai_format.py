@@ -112,7 +112,10 @@ class ResponseFormat:
     def finish_event(self, index: int, finish_reason: str, stop_reason: str | int | None, resumed: int) -> bytes:
         """Last chunk of a choice."""
         choice: dict[str, object] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
-        choice |= dict[str, object]({"delta": {}} if self.endpoint == "chat" else {"text": ""})
+        if self.endpoint == "chat":
+            choice["delta"] = {}
+        else:
+            choice["text"] = ""
         if stop_reason is not None:
             choice["stop_reason"] = stop_reason
         return self._event([choice], _resumed(resumed))

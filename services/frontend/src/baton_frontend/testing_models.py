@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 )
 SAMPLE_TEXT = [
     "The quick brown fox jumps over the lazy dog. One, two, three; four!",
-    '你好，世界。今日はとても寒いです。Привет мир 😀👩‍👩‍👧‍👦 ñandú naïve “quotes”—dash\u2028 \\ "json" </script>',
+    '你好，世界。今日はとても寒いです。Привет мир 😀👩‍👩‍👧‍👦 ñandú naïve “quotes”—dash\u2028 \\ "json" </script>',  # noqa: RUF001 - real text
     "hello world, this is a test of tokens that end in the middle of words and of stop strings END",
 ]
 
