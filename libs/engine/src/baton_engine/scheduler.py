@@ -132,7 +132,7 @@ class Scheduler:
         return state.arrived_at + delay_s + state.remaining * token_s
 
     def _push(self, state: SequenceState) -> None:
-        heap = self._with_table if state.table else self._without_table
+        heap = self._with_table if self._blocks.has_table(state.key) else self._without_table  # a table may be empty: no KV yet
         heapq.heappush(heap, (state.waiting_rank, state.number, state))
         if heap is self._without_table and heap[0][2] is state:
             self._blocked_at = -1  # another one is first now, and may fit
@@ -218,7 +218,7 @@ class Scheduler:
 
     def _admit(self, state: SequenceState) -> bool:
         """Move from waiting to running, with a table; False if there are too few blocks now."""
-        if not state.table:
+        if not self._blocks.has_table(state.key):
             version = self._available_version
             try:
                 self._acquire(state)
