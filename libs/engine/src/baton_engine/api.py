@@ -59,6 +59,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class NativeHandoff:
+    """Where an engine with a transport of its own meets its partner (docs/engine-sglang.md)."""
+
+    address: str  # host:port of the source engine's rendezvous
+    room: int  # 63 bits, the same on both sides, never used twice
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One sequence to run.
 
@@ -74,6 +82,7 @@ class EngineRequest:
     priority: Priority = Priority.INTERACTIVE
     sampling: SamplingParams = field(default_factory=SamplingParams)
     first_announced_block: int = 0  # PREFILL_ONLY: blocks below are the sink's own; only those from here are pinned and reported
+    native: NativeHandoff | None = None  # only for engines whose info.handoff is "native"
 
     @property
     def num_kv_tokens(self) -> int:
