@@ -16,7 +16,7 @@ import click
 import psutil
 from baton_contracts.discovery.v1 import instance_pb2 as pb
 from baton_runtime.discovery import Discovery, View
-from baton_runtime.model_folder import ModelFolderError, load_model_folder
+from baton_runtime.model_folder import ModelFolderError, inspect_model_folder
 from rich.console import Console
 
 from baton_cli import etcd_server, state
@@ -63,9 +63,9 @@ def check(options: Options) -> None:
     if (running := state.read(options.folder)) is not None:
         raise click.ClickException(f"a Baton already runs here (pid {running.pid}, {running.url or 'starting'}); stop it with: baton down")
     try:
-        load_model_folder(options.model)
+        inspect_model_folder(options.model)
     except ModelFolderError as error:
-        raise click.ClickException(f"--model: {error}") from error
+        raise click.ClickException(f"--{error}") from error
     for service in SERVICES:
         if find_spec(f"baton_{service}") is None:
             raise click.ClickException(f"baton-{service} is not installed; pip install 'baton-cli[all]'")

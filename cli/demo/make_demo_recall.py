@@ -1,12 +1,12 @@
 """Make the demo model: a tiny Llama that recalls facts from its prompt. One CPU thread, fixed seeds, a few minutes.
 
-    python models/make_demo_recall.py OUT [--steps 700]
+    .venv/bin/python cli/demo/make_demo_recall.py OUT [--steps 700]
 
 The chat message "red = 4 7 1 ; blue = 2 2 8 ; red ?" is answered with "4 7 1". The answer can only come from the KV of the
-prompt, so a wrong or missing block shows at once. What is installed by hand and what is learned: models/README.md.
+prompt, so a wrong or missing block shows at once. What is installed by hand and what is learned: cli/demo/README.md.
 """
 
-# ruff: noqa: T201, SIM905  (a script for people; a word list is read, not parsed)
+# ruff: noqa: SIM905  (a script for people; a word list is read, not parsed)
 
 import argparse
 import json

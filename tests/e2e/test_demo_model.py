@@ -2,13 +2,10 @@
 
 import random
 from array import array
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
+from baton_cli.up import demo_model
 from baton_engine.api import SamplingParams, SequenceKey
 from baton_engine.hf_model import inspect_model_folder
 from baton_engine.pool import KvPool
@@ -16,8 +13,7 @@ from baton_engine.runner import ChunkItem
 from baton_engine.torch_runner import TorchRunner
 from tokenizers import Tokenizer
 
-FOLDER = Path(__file__).parents[3] / "models" / "demo-recall"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the demo model is in the repository only")
+FOLDER = demo_model()
 KEY = SequenceKey("r", 1)
 
 
