@@ -1,4 +1,5 @@
 import asyncio
+import random
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -293,3 +294,30 @@ async def test_cancelled_consumer_loses_no_output():
         await second.until(lambda: bool(second.ends()))
         await engine.close()
     assert len(tokens(first.outputs + second.outputs, "a")) == 200
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_storm_of_commands_ends_every_sequence_once(seed):
+    """Real threads: starts, cancels, pauses and resumes as fast as the loop can give them, in a pool that is too small."""
+    chance = random.Random(seed)
+    bench = virtual_engine(num_blocks=48)
+    started = []
+    async with driven(bench, max_waiting=30) as (engine, consumer):
+        for number in range(400):
+            try:
+                engine.start(request_of(str(number), tokens_of(1 + number % 40, number % 5), max_tokens=1 + number % 17))
+                started.append(key(str(number)))
+            except QueueFull:
+                await asyncio.sleep(0)
+            action = chance.choice([engine.cancel, engine.pause, engine.resume, None])
+            if action is not None and started:
+                action(chance.choice(started))
+            if chance.random() < 0.1:
+                await asyncio.sleep(0)
+        for sequence in started:
+            engine.resume(sequence)
+        await consumer.until(lambda: len(consumer.ends()) == len(started))
+        assert {end.key for end in consumer.ends()} == set(started)
+        assert engine.stats().running_sequences == engine.stats().waiting_sequences == 0
+        counts = bench.blocks.counts()
+        assert counts.used == counts.reserved == counts.pinned == 0

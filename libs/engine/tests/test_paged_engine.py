@@ -197,7 +197,7 @@ def test_prefill_of_one_token_ends_with_nothing_to_hand_over():
     assert bench.end("a").reason is EndReason.PREFILLED
 
 
-@pytest.mark.parametrize("length", [2, 4, 5, 6, 9, 17, 41])
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 9, 17, 41])
 def test_handed_over_sequence_draws_the_expected_tokens(length):
     source, sink, tokens = virtual_engine(), virtual_engine(), tokens_of(length)
     sink.blocks.acquire("elsewhere", [], 7)  # other block ids than at the source

@@ -149,6 +149,7 @@ class PagedEngine:
             raise InvalidArgument("key", f"{request.work.value} needs a table in the block manager")
         prefix = self.blocks.prefix(request.key)
         state.table = list(self.blocks.table(request.key))
+        state.owns_table = True
         num_kv, block_tokens = request.num_kv_tokens, self._block_tokens
         state.computed = min(prefix.ready * block_tokens, num_kv)
         state.cached_tokens = min(prefix.shared * block_tokens, num_kv)

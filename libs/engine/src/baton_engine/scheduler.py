@@ -132,7 +132,7 @@ class Scheduler:
         return state.arrived_at + delay_s + state.remaining * token_s
 
     def _push(self, state: SequenceState) -> None:
-        heap = self._with_table if self._blocks.has_table(state.key) else self._without_table  # a table may be empty: no KV yet
+        heap = self._with_table if state.owns_table else self._without_table
         heapq.heappush(heap, (state.waiting_rank, state.number, state))
         if heap is self._without_table and heap[0][2] is state:
             self._blocked_at = -1  # another one is first now, and may fit
@@ -218,7 +218,7 @@ class Scheduler:
 
     def _admit(self, state: SequenceState) -> bool:
         """Move from waiting to running, with a table; False if there are too few blocks now."""
-        if not self._blocks.has_table(state.key):
+        if not state.owns_table:
             version = self._available_version
             try:
                 self._acquire(state)
@@ -234,6 +234,7 @@ class Scheduler:
         num_blocks = -(-len(state.tokens) // block_tokens)
         shared = self._blocks.acquire(state.key, state.hashes, num_blocks, keep_free=self._blocks.growth_headroom)
         state.table = list(self._blocks.table(state.key))
+        state.owns_table = True
         state.computed = state.cached_tokens = shared * block_tokens
         state.published = shared
 

@@ -17,6 +17,7 @@ class SequenceState:
     arrived_at: float
     tokens: "array[int]"
     table: list[int] = field(default_factory=list)
+    owns_table: bool = False  # a table may be empty: one token has no KV to hand over
     hashes: list[bytes] = field(default_factory=list)  # of full blocks, as far as computed
     computed: int = 0
     cached_tokens: int = 0
