@@ -1,0 +1,42 @@
+"""Which workers may form a pair, and why some must not."""
+
+from collections.abc import Iterator
+
+from baton_contracts.discovery.v1 import instance_pb2 as discovery
+
+_LAYOUT_FIELDS = ("block_tokens", "num_layers", "num_kv_heads", "head_dim", "dtype", "num_shards", "block_bytes")
+_MODEL_FIELDS = ("fingerprint", "hash_block_tokens", "max_model_tokens", "vocab_size")
+
+
+def is_pair(a: discovery.Instance, b: discovery.Instance) -> bool:
+    """Whether one could prefill for the other: other instances, the same model by weights or by name, work that fits."""
+    if (a.service, a.instance_id) == (b.service, b.instance_id):
+        return False
+    # The same name over other weights is a mistake somebody must be told about; other models have nothing to do with each other.
+    if a.model.fingerprint != b.model.fingerprint and a.model.served_name != b.model.served_name:
+        return False
+    return _may_hand_over(a, b) or _may_hand_over(b, a)
+
+
+def refusal(a: discovery.Instance, b: discovery.Instance) -> str:
+    """Why this pair must not be formed, naming both sides' values; "" if it may be."""
+    names = (a.instance_id, b.instance_id)
+    differences = [*_differences(_MODEL_FIELDS, a.model, b.model), *_differences(_LAYOUT_FIELDS, a.layout, b.layout)]
+    if differences:
+        return f"{names[0]} and {names[1]} cannot exchange KV: {'; '.join(differences)}"
+    offered = [sorted({offer.name for offer in instance.transports}) for instance in (a, b)]
+    if not set(offered[0]) & set(offered[1]):
+        texts = [", ".join(transports) or "none" for transports in offered]
+        return f"{names[0]} and {names[1]} cannot exchange KV: transports {texts[0]} against {texts[1]}"
+    return ""
+
+
+def _may_hand_over(source: discovery.Instance, sink: discovery.Instance) -> bool:
+    return discovery.CAPABILITY_PREFILL_FOR in source.capabilities and discovery.CAPABILITY_DECODE_FROM in sink.capabilities
+
+
+def _differences(fields: tuple[str, ...], a: object, b: object) -> Iterator[str]:
+    for name in fields:
+        values = (getattr(a, name), getattr(b, name))
+        if values[0] != values[1]:
+            yield f"{name} {values[0]} against {values[1]}"

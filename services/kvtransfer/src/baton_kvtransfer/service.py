@@ -1,0 +1,153 @@
+"""The gRPC edge: one Books stream per worker, in natural batches; the clock that drives the broker."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2_grpc as pb_grpc
+from baton_runtime.errors import Draining, InvalidArgument, QueueFull, Unavailable
+from baton_runtime.lifecycle import LoopStallWatch
+from baton_runtime.log import get_logger
+from baton_runtime.streams import Outbox
+
+from baton_kvtransfer.books import Agreement
+from baton_kvtransfer.broker import Broker, Outgoing
+from baton_kvtransfer.config import KvTransferConfig
+
+log = get_logger(__name__)
+
+HELLO_LIMIT_S = 5.0
+TICK_S = 0.05
+# News become one message per write; more would only make a slow reader slower.
+BATCH_MESSAGES = 256
+
+_Context = grpc.aio.ServicerContext[pb.BooksRequest, pb.BooksResponse]
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A worker's open stream, as the others see it."""
+
+    incarnation: str
+    outbox: Outbox[pb.BooksResponse]
+    why_closed: str = ""
+
+
+class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
+    """Feeds reports to the broker and delivers what it decides."""
+
+    def __init__(self, config: KvTransferConfig, broker: Broker) -> None:
+        self._config = config
+        self._broker = broker
+        self._streams: dict[int, _Stream] = {}  # by session
+        self._is_draining = False
+        self.stall_watch = LoopStallWatch(on_stall=lambda _: broker.excuse(time.monotonic()))
+
+    async def run(self) -> None:
+        """Tick until cancelled. Cancelling loses nothing: workers say hello to the next one."""
+        while True:
+            self.stall_watch.check()
+            self._deliver(self._broker.tick(time.monotonic()))
+            await asyncio.sleep(TICK_S)
+
+    def drain(self) -> None:
+        """Refuse new streams and end those that run; the workers go on without us."""
+        self._is_draining = True
+        for stream in self._streams.values():
+            _close(stream, "draining")
+
+    async def Books(self, requests: AsyncIterator[pb.BooksRequest], context: _Context) -> None:
+        """Serve one worker until either side ends the stream."""
+        if self._is_draining:
+            raise Draining("kvtransfer")
+        first = await self._first(requests)
+        if len(self._streams) >= self._config.max_workers:
+            raise QueueFull(depth=len(self._streams), limit=self._config.max_workers)
+        incarnation = first.hello.instance.incarnation
+        session, out = self._broker.hello(first.hello.instance, time.monotonic())
+        stream = _Stream(incarnation, Outbox(self._config.max_unsent_messages))
+        self._streams[session] = stream
+        try:
+            self._deliver(out)
+            self._report(stream, session, first)
+            await self._serve(stream, session, requests, context)
+        finally:
+            del self._streams[session]
+            self._broker.stream_ended(incarnation, session, time.monotonic())
+        if stream.why_closed:
+            raise Unavailable(f"stream ended: {stream.why_closed}")
+
+    async def GetBooks(
+        self, request: pb.GetBooksRequest, context: grpc.aio.ServicerContext[pb.GetBooksRequest, pb.GetBooksResponse]
+    ) -> pb.GetBooksResponse:
+        """The sums now."""
+        broker = self._broker
+        return pb.GetBooksResponse(
+            live_handoffs=broker.num_live(),
+            held_bytes=sum(broker.held_bytes()),
+            mismatch_bytes=broker.mismatch_bytes(time.monotonic()),
+            agreed_handoffs=broker.books.agreements[Agreement.AGREED],
+            disagreed_handoffs=broker.books.agreements[Agreement.DISAGREED],
+            reporting_incarnations=broker.reporting(),
+        )
+
+    async def _first(self, requests: AsyncIterator[pb.BooksRequest]) -> pb.BooksRequest:
+        try:
+            async with asyncio.timeout(HELLO_LIMIT_S):
+                async for request in requests:
+                    if not request.HasField("hello"):
+                        raise InvalidArgument("hello", "must be in the first message")
+                    return request
+        except TimeoutError:
+            raise InvalidArgument("hello", f"did not come within {HELLO_LIMIT_S} s") from None
+        raise InvalidArgument("hello", "the stream ended before it")
+
+    async def _serve(self, stream: _Stream, session: int, requests: AsyncIterator[pb.BooksRequest], context: _Context) -> None:
+        """Read and write until one of them is done; the other is then not needed."""
+        async with asyncio.TaskGroup() as group:
+            reader = group.create_task(self._read(stream, session, requests), name="books reader")
+            writer = group.create_task(_write(stream.outbox, context), name="books writer")
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            reader.cancel()
+            writer.cancel()
+
+    async def _read(self, stream: _Stream, session: int, requests: AsyncIterator[pb.BooksRequest]) -> None:
+        async for request in requests:
+            self._report(stream, session, request)
+
+    def _report(self, stream: _Stream, session: int, request: pb.BooksRequest) -> None:
+        self.stall_watch.check()
+        self._deliver(self._broker.report(stream.incarnation, session, request, time.monotonic()))
+
+    def _deliver(self, out: Outgoing) -> None:
+        for session, why in out.closed.items():
+            if session in self._streams:
+                _close(self._streams[session], why)
+        if not out.messages:
+            return
+        for stream in self._streams.values():
+            message = out.messages.get(stream.incarnation)
+            if message is None:
+                continue
+            try:
+                stream.outbox.put(message)
+            except QueueFull:
+                _close(stream, "it does not read")
+            except Unavailable:
+                pass  # closed a moment ago; its next hello brings everything
+
+
+async def _write(outbox: Outbox[pb.BooksResponse], context: _Context) -> None:
+    while batch := await outbox.get_batch(BATCH_MESSAGES):
+        message = batch[0]
+        for further in batch[1:]:
+            message.MergeFrom(further)
+        await context.write(message)
+
+
+def _close(stream: _Stream, why: str) -> None:
+    stream.why_closed = stream.why_closed or why
+    stream.outbox.close()

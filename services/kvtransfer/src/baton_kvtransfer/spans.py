@@ -1,0 +1,42 @@
+"""The books as part of a request's trace: one span per handoff, from the source's BEGUN to its end."""
+
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
+from baton_runtime import semconv
+from baton_runtime.telemetry import context_from
+from opentelemetry.trace import Span, Tracer
+
+from baton_kvtransfer.books import HandoffKey, SideEntry
+
+# Spans of handoffs whose end never comes (their worker was cut off) must not fill memory.
+MAX_OPEN_SPANS = 10_000
+
+
+class BookSpans:
+    """Observer of the books that writes spans. Source side only: one span per handoff, below the span that began it."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._open: dict[HandoffKey, Span] = {}
+
+    def begun(self, key: HandoffKey, event: pb.HandoffEvent, incarnation: str) -> None:
+        """Start the handoff's span, if its request is traced."""
+        if not event.traceparent:
+            return
+        span = self._tracer.start_span(semconv.SPAN_BOOKS_HANDOFF, context_from(event.traceparent))
+        if not span.is_recording() or len(self._open) >= MAX_OPEN_SPANS:
+            return
+        span.set_attribute(semconv.BATON_REQUEST_ID, key.request_id)
+        span.set_attribute(semconv.BATON_ATTEMPT, key.attempt)
+        span.set_attribute("baton.prefill.incarnation", incarnation)
+        span.set_attribute("baton.decode.incarnation", key.decode_incarnation)
+        self._open[key] = span
+
+    def ended(self, key: HandoffKey, entry: SideEntry, outcome: str) -> None:
+        """End the handoff's span."""
+        span = self._open.pop(key, None)
+        if span is None:
+            return
+        span.set_attribute(semconv.BATON_OUTCOME, outcome)
+        span.set_attribute(semconv.BATON_BYTES, entry.confirmed_bytes)
+        span.set_attribute(semconv.BATON_TRANSPORT, entry.transport)
+        span.end()
