@@ -260,6 +260,18 @@ def test_silent_frontend_is_detached_after_two_seconds_and_cancelled_after_four(
     assert rig.frontends.num_live == 0
 
 
+def test_frontend_that_talks_but_acknowledges_nothing_is_detached_after_ten_seconds(rig: Rig) -> None:
+    rig.start(start_message(0, "a"))
+    rig.control.step()
+    rig.frame()
+    for _ in range(9):
+        rig.tick(1.0)
+        rig.session.receive(pb.AttachRequest(), rig.now)
+    assert rig.stream.error is None
+    rig.tick(1.0)
+    assert rig.stream.error is not None
+
+
 def test_reattach_after_expiry_is_told_unknown(rig: Rig) -> None:
     rig.start(start_message(0, "a"))
     rig.tick(2.0)

@@ -30,8 +30,9 @@ class AttachLimits:
 
     window_frames: frames with content that may be unacknowledged. frame_bytes: columns and logprobs of one frame, on the
     wire. ahead_tokens: unsent tokens at which a sequence is paused; it goes on at half of that. beat_s: longest silence of
-    ours, below the promised 250 ms. silent_s: silence of the frontend that counts as a broken stream. kept_s: how long
-    sequences outlive a broken stream.
+    ours, below the promised 250 ms. silent_s: silence of the frontend that counts as a broken stream. stuck_s: time a frame
+    may stay unacknowledged by a frontend that is not silent, before that counts as broken as well. kept_s: how long sequences
+    outlive a broken stream.
     """
 
     window_frames: int = 2
@@ -39,6 +40,7 @@ class AttachLimits:
     ahead_tokens: int = 256
     beat_s: float = 0.2
     silent_s: float = 2.0
+    stuck_s: float = 10.0
     kept_s: float = 2.0
 
 
@@ -88,6 +90,7 @@ class Stream(Protocol):
 @dataclass(slots=True)
 class _SentFrame:
     number: int
+    sent_at: float
     sent: list[tuple[OutputLog, int]] = field(default_factory=list)  # log, end position carried
     finished: list[OutputLog] = field(default_factory=list)
 
@@ -194,6 +197,8 @@ class FrontendSession:
         """Notice silence and the end of the time sequences are kept."""
         if self._stream is not None and now - self._last_heard_at >= self._limits.silent_s:
             self.detach(now, Unavailable("the frontend was silent"))
+        elif self._stream is not None and self._unacked and now - self._unacked[0].sent_at >= self._limits.stuck_s:
+            self.detach(now, Unavailable("the frontend does not acknowledge frames"))
         elif self._stream is None and now - self._detached_at >= self._limits.kept_s:
             self._expire()
 
@@ -333,15 +338,15 @@ class FrontendSession:
         frame = pb.AttachResponse(frame=self._frame, beat=beat, welcome=self._welcome)
         self._welcome = None
         if self.has_output:
-            self._fill(frame)
+            self._fill(frame, now)
         return frame
 
     def beat_due_s(self, now: float) -> float:
         """Seconds until a frame must be written even if there is nothing to say."""
         return max(0.0, self._last_frame_at + self._limits.beat_s - now)
 
-    def _fill(self, frame: pb.AttachResponse) -> None:
-        sent = _SentFrame(frame.frame)
+    def _fill(self, frame: pb.AttachResponse, now: float) -> None:
+        sent = _SentFrame(frame.frame, now)
         parts = []
         budget = self._limits.frame_bytes
         while self._dirty and budget > 0:

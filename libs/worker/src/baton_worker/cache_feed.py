@@ -5,7 +5,7 @@ message is kept; when that grows beyond a bound it is dropped, and the next mess
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
@@ -34,8 +34,9 @@ class Subscriber:
     not. A snapshot travels in several messages if it is long; changes wait until it has left, so that they are applied after it.
     """
 
-    def __init__(self, hashes: Sequence[bytes], limits: FeedLimits) -> None:
+    def __init__(self, hashes: Sequence[bytes], limits: FeedLimits, wake: Callable[[], None] = lambda: None) -> None:
         self._limits = limits
+        self._wake = wake  # called when there is something new to say
         self._snapshot: Sequence[bytes] = hashes
         self._sent_of_snapshot = 0
         self._starts_snapshot = True
@@ -47,7 +48,7 @@ class Subscriber:
 
     def apply(self, events: CacheEvents) -> None:
         """What changed in the cache."""
-        if self._needs_snapshot:
+        if self._needs_snapshot or not (events.stored or events.removed):
             return
         for block_hash in events.stored:
             self._changes[block_hash] = True
@@ -56,10 +57,18 @@ class Subscriber:
         if len(self._changes) > self._limits.pending_hashes:
             self._changes.clear()
             self._needs_snapshot = True
+        self._wake()
 
     def add_sample(self, sample: pb.StepSample) -> None:
         """A step was done."""
         self._samples.append(sample)
+        self._wake()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything but load to say."""
+        is_in_snapshot = self._starts_snapshot or self._needs_snapshot or self._sent_of_snapshot < len(self._snapshot)
+        return bool(is_in_snapshot or self._changes or self._samples)
 
     @property
     def needs_snapshot(self) -> bool:
@@ -74,8 +83,7 @@ class Subscriber:
 
     def due_in_s(self, now: float) -> float:
         """Seconds until the next message may or must go."""
-        has_news = self._starts_snapshot or self._sent_of_snapshot < len(self._snapshot) or self._changes or self._samples
-        wait_s = self._limits.min_gap_s if has_news or self._needs_snapshot else self._limits.load_s
+        wait_s = self._limits.min_gap_s if self.has_news else self._limits.load_s
         return max(0.0, self._last_message_at + wait_s - now)
 
     def next_message(self, now: float) -> pb.WatchWorkerResponse:
@@ -112,9 +120,9 @@ class CacheFeed:
         """Open feeds."""
         return len(self._subscribers)
 
-    def subscribe(self) -> Subscriber:
-        """A new feed, which starts with everything that is cached now."""
-        subscriber = Subscriber(self._hashes(), self._limits)
+    def subscribe(self, wake: Callable[[], None] = lambda: None) -> Subscriber:
+        """A new feed, which starts with everything that is cached now. wake: called when there is something new to say."""
+        subscriber = Subscriber(self._hashes(), self._limits, wake)
         self._subscribers.add(subscriber)
         return subscriber
 

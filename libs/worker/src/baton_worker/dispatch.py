@@ -90,6 +90,7 @@ class Dispatcher:
         self._clock = clock
         self._attempts: dict[SequenceKey, _Attempt] = {}
         self._deadlines: list[tuple[float, SequenceKey]] = []
+        self._waiting_prefills: dict[SequenceKey, int] = {}  # prefill_for: tokens to compute, while the engine has not heard of it
         self._is_draining = False
         self.on_end: Callable[[SequenceKey, pb.Finished, float], None] = _nobody
 
@@ -102,6 +103,12 @@ class Dispatcher:
     def is_draining(self) -> bool:
         """Whether new work is refused."""
         return self._is_draining
+
+    def waiting_handoff_tokens(self) -> int:
+        """Prompt tokens of prefill_for sequences that wait for decode's room, and which the engine's own count lacks."""
+        for key in [key for key in self._waiting_prefills if self._engine.blocks.has_table(key)]:
+            del self._waiting_prefills[key]  # begun: the engine counts it from here on
+        return sum(self._waiting_prefills.values())
 
     # ---- SequenceControl
 
@@ -120,6 +127,8 @@ class Dispatcher:
         except BatonError:
             self._attempts.pop(key, None)
             raise
+        if checked.request.work is Work.PREFILL_ONLY and key in self._attempts:
+            self._waiting_prefills[key] = checked.request.num_kv_tokens
         if checked.deadline_s is not None:
             heapq.heappush(self._deadlines, (attempt.accepted_at + checked.deadline_s, key))
 
@@ -267,6 +276,7 @@ class Dispatcher:
 
     def _finish(self, key: SequenceKey, attempt: _Attempt, finished: pb.Finished) -> None:
         del self._attempts[key]
+        self._waiting_prefills.pop(key, None)
         finished.usage.input_tokens = len(attempt.start.request.token_ids)
         finished.usage.cached_tokens = attempt.cached_tokens
         finished.usage.handoff_bytes = attempt.handoff_bytes

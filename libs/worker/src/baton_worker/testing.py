@@ -1,9 +1,17 @@
 """Fakes for tests of what uses this package; no timing, no I/O."""
 
 from array import array
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
+import numpy as np
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
-from baton_engine.api import SequenceKey, StepOutput
+from baton_engine.api import EndReason, EngineBeat, EngineInfo, EngineRequest, EngineStats, SequenceEnd, SequenceKey, StepOutput
+from baton_engine.blocks import BlockManager
+from baton_engine.pool import BlockLayout, KvPool
+from baton_handoff.ids import EndReason as HandoffEndReason
+from baton_handoff.ids import HandoffComplete, HandoffEnd, PeerRef
 from baton_runtime.errors import BatonError
 
 from baton_worker.frontends import Frontends
@@ -156,3 +164,116 @@ class FrontendModel:
             key = self.keys.pop(finished.slot)
             assert key not in self.finished
             self.finished[key] = finished
+
+
+@dataclass
+class HeldHandoff:
+    """A handoff that FakeHandoffs was asked for."""
+
+    request: EngineRequest
+    peer: PeerRef
+    on_complete: Callable[[HandoffComplete], None] | None
+    on_end: Callable[[HandoffEnd], None]
+
+
+class FakeHandoffs:
+    """Stands for HandoffManager: remembers what it was asked for; tests say what becomes of it.
+
+    refuse: raised by start_prefill and start_decode while set. A cancelled handoff ends at once if ends_cancelled.
+    """
+
+    def __init__(self, *, ends_cancelled: bool = True) -> None:
+        self.refuse: BatonError | None = None
+        self.held: dict[SequenceKey, HeldHandoff] = {}
+        self.cancelled: list[tuple[str, int, str]] = []
+        self._ends_cancelled = ends_cancelled
+
+    def start_prefill(self, request: EngineRequest, decode: PeerRef, traceparent: str, on_end: Callable[[HandoffEnd], None]) -> None:
+        self._start(HeldHandoff(request, decode, None, on_end))
+
+    def start_decode(
+        self,
+        request: EngineRequest,
+        prefill: PeerRef,
+        traceparent: str,
+        on_complete: Callable[[HandoffComplete], None],
+        on_end: Callable[[HandoffEnd], None],
+    ) -> None:
+        self._start(HeldHandoff(request, prefill, on_complete, on_end))
+
+    def cancel(self, request_id: str, attempt: int, reason: str) -> None:
+        self.cancelled.append((request_id, attempt, reason))
+        if self._ends_cancelled and (held := self.held.pop(SequenceKey(request_id, attempt), None)) is not None:
+            held.on_end(HandoffEnd(HandoffEndReason.CANCELLED))
+
+    def complete(self, key: SequenceKey, cached_tokens: int = 0, handoff_bytes: int = 0) -> None:
+        """The KV is here."""
+        held = self.held.pop(key)
+        assert held.on_complete is not None
+        held.on_complete(HandoffComplete(cached_tokens, handoff_bytes))
+
+    def end(self, key: SequenceKey, end: HandoffEnd) -> None:
+        """The handoff is over."""
+        self.held.pop(key).on_end(end)
+
+    def _start(self, handoff: HeldHandoff) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.held[handoff.request.key] = handoff
+
+
+class FakeEngine:
+    """Stands for Engine: keeps what it was asked for; `ended` makes the step output that ends a sequence.
+
+    refuse: raised by start while set. The block manager is real, the pool small.
+    """
+
+    def __init__(self, num_blocks: int = 64, block_tokens: int = 4) -> None:
+        layout = BlockLayout(num_layers=1, block_tokens=block_tokens, num_kv_heads=1, head_dim=2, dtype="float32")
+        self.info = EngineInfo(max_model_tokens=4096, vocab_size=1 << 20, eos_token_ids=frozenset(), fingerprint="f")
+        self.pool = KvPool(np.zeros((num_blocks, layout.block_bytes), np.uint8), layout)
+        self.blocks = BlockManager(num_blocks)
+        self.refuse: BatonError | None = None
+        self.live: dict[SequenceKey, EngineRequest] = {}
+        self.cancelled: list[SequenceKey] = []
+        self.paused: set[SequenceKey] = set()
+        self._outputs: deque[StepOutput] = deque()
+
+    async def open(self) -> None:
+        """See Engine."""
+
+    async def close(self) -> None:
+        """See Engine."""
+
+    def start(self, request: EngineRequest) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.live[request.key] = request
+
+    def cancel(self, key: SequenceKey) -> None:
+        self.cancelled.append(key)
+
+    def pause(self, key: SequenceKey) -> None:
+        self.paused.add(key)
+
+    def resume(self, key: SequenceKey) -> None:
+        self.paused.discard(key)
+
+    async def outputs(self) -> AsyncIterator[StepOutput]:
+        """What was put into it so far."""
+        while self._outputs:
+            yield self._outputs.popleft()
+
+    def beat(self) -> EngineBeat:
+        return EngineBeat(1, 0.0, 0.0)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0)
+
+    def ended(
+        self, key: SequenceKey, reason: EndReason, *, output_tokens: int = 0, cached_tokens: int = 0, message: str = ""
+    ) -> StepOutput:
+        """The step in which a live sequence ends; its blocks are released."""
+        del self.live[key]
+        self.blocks.release(key)
+        return StepOutput(step=1, ends=[SequenceEnd(key, reason, output_tokens, cached_tokens, message=message)])

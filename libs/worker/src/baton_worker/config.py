@@ -1,0 +1,55 @@
+"""Settings that prefill and decode share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from baton_runtime.config import CommonConfig
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclass(frozen=True)
+class WorkerConfig(CommonConfig):
+    """What every worker can be told, besides CommonConfig.
+
+    engine: "sim" (pretends, with real blocks) or "torch" (runs the model).
+    model: Hugging Face model folder; optional for sim, which takes its tokenizer's ids and sizes from it.
+    served_name: name clients use; empty: the folder's name, or "sim".
+    profile: sim only: "instant", "polynomial", or the path of a profile.
+    device: torch only: "cpu", "cuda", "cuda:0".
+    torch_threads: torch only: threads of the process for compute; 0: torch's own choice.
+    num_blocks: KV blocks of the pool; 0: as many as fit into kv_memory_bytes.
+    kv_memory_bytes: memory of the KV pool, in bytes; used if num_blocks is 0.
+    block_tokens: tokens per KV block.
+    hash_block_tokens: granularity of the block hash chain, divides block_tokens; 0: block_tokens.
+    max_batch_sequences: sequences in one step.
+    max_chunk_tokens: prompt tokens in one step.
+    max_waiting: sequences that may wait (in the engine, and for a handoff) before new ones are refused.
+    transports: ways of handing over KV blocks, best first.
+    transfer_listen: host:port of the tcp transport.
+    """
+
+    engine: Literal["sim", "torch"] = "sim"
+    model: Path | None = None
+    served_name: str = ""
+    profile: str = "polynomial"
+    device: str = "cpu"
+    torch_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
+    kv_memory_bytes: Annotated[int, msgspec.Meta(ge=1 << 16)] = 64 << 20
+    block_tokens: Count = 16
+    hash_block_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_batch_sequences: Count = 256
+    max_chunk_tokens: Count = 2048
+    max_waiting: Count = 256
+    transports: tuple[Literal["shm", "tcp"], ...] = ("shm", "tcp")
+    transfer_listen: str = "127.0.0.1:0"
+
+    @property
+    def name_for_clients(self) -> str:
+        """served_name, or what stands in for it."""
+        if self.served_name:
+            return self.served_name
+        return self.model.resolve().name if self.model is not None else "sim"
