@@ -1,0 +1,82 @@
+"""What the books want done. The books decide and change state at once; whoever holds them performs these in order."""
+
+from dataclasses import dataclass
+
+from baton_engine.api import EngineRequest, Priority, SequenceKey
+
+from baton_handoff.ids import EventKind, HandoffComplete, HandoffEnd, HandoffKey, Outcome, Side
+from baton_handoff.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Say this to the peer if the link is up; else drop it: whatever matters is said again when the link is back."""
+
+    peer_incarnation: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    """Source: the request's table is acquired; give it to the engine. If that raises, call `SourceBook.engine_refused`."""
+
+    key: HandoffKey
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class CancelEngine:
+    """Source: stop computing; the engine releases the table."""
+
+    sequence: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class StartPull:
+    """Sink: run one operation, then call `SinkBook.pull_returned` once, when nothing writes to dest_ids any more."""
+
+    key: HandoffKey
+    operation: int
+    peer_incarnation: str
+    priority: Priority
+    source_ids: tuple[int, ...]
+    dest_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Sink: every block is confirmed and committed; zero the tail, then hand the sequence (which owns its table) on.
+
+    tail_block: id of a partial last block, of which tail_tokens hold KV; -1: the last block is full.
+    """
+
+    key: HandoffKey
+    complete: HandoffComplete
+    tail_block: int
+    tail_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The Start is over. Exactly one of Completed and Ended comes per accepted start."""
+
+    key: HandoffKey
+    side: Side
+    end: HandoffEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """For the books of kvtransfer: an event of this side, with the blocks held after it by the book's own count."""
+
+    key: HandoffKey
+    side: Side
+    kind: EventKind
+    peer_incarnation: str
+    held_blocks: int
+    confirmed_blocks: int
+    traceparent: str
+    outcome: Outcome | None = None
+
+
+Action = Send | StartEngine | CancelEngine | StartPull | Completed | Ended | Report

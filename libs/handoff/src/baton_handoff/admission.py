@@ -1,0 +1,159 @@
+"""Who goes first: the checks of a Start, the order of offers at the source, and the oldest refused ticket at the sink."""
+
+import bisect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from baton_engine.api import EngineRequest, Priority
+from baton_runtime.errors import Draining, InvalidArgument, StaleAttempt
+
+from baton_handoff.config import Times
+from baton_handoff.ids import HandoffKey, PeerRef
+from baton_handoff.tombstones import Tombstones
+
+# Answers to offers come within milliseconds; a sink that lets one wait this long no longer keeps others from being offered.
+ANSWER_EXPECTED_S = 0.1
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Waiting:
+    """What both sides know of a handoff from its Start. num_tokens: those handed over, all of the sequence but the last."""
+
+    key: HandoffKey
+    peer: PeerRef
+    priority: Priority
+    started_at: float
+    num_blocks: int
+    num_tokens: int
+    retry_at: float = 0.0
+    offered_at: float | None = None
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+def check_start(tombstones: Tombstones, request: EngineRequest, num_blocks: int, total_blocks: int, *, is_draining: bool) -> None:
+    """Raises: Draining, StaleAttempt, InvalidArgument: this Start is not taken."""
+    if is_draining:
+        raise Draining()
+    newest = tombstones.newest(request.key.request_id)
+    if request.key.attempt <= newest:
+        raise StaleAttempt(request.key.request_id, request.key.attempt, newest)
+    if request.num_kv_tokens < 1:
+        raise InvalidArgument("token_ids", "a sequence of one token has nothing to hand over")
+    if num_blocks > total_blocks:
+        raise InvalidArgument("token_ids", f"{num_blocks} blocks are needed, the pool has {total_blocks}")
+
+
+class OfferQueue(Generic[W]):
+    """Handoffs of a source that no sink has accepted, oldest first; batch requests count as younger by the ageing time.
+
+    All its state: `_waiting`, sorted, and `_offered`, those of them whose answer is awaited.
+    """
+
+    def __init__(self, times: Times) -> None:
+        self._times = times
+        self._waiting: list[W] = []
+        self._offered: dict[HandoffKey, W] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def offered_blocks(self) -> int:
+        """Blocks that will be taken if all offers are accepted."""
+        return sum(waiting.num_blocks for waiting in self._offered.values())
+
+    def add(self, waiting: W) -> None:
+        """A Start arrived."""
+        bisect.insort(self._waiting, waiting, key=self._order)
+
+    def due(self, now: float) -> Iterator[W]:
+        """Those that may be offered now, in order."""
+        return iter([waiting for waiting in self._waiting if waiting.offered_at is None and waiting.retry_at <= now])
+
+    def offered(self, waiting: W, now: float) -> None:
+        """A Begin is on its way."""
+        waiting.offered_at = now
+        self._offered[waiting.key] = waiting
+
+    def offer_answered(self, waiting: W, retry_at: float) -> None:
+        """The sink said not now."""
+        waiting.offered_at = None
+        waiting.retry_at = retry_at
+        self._offered.pop(waiting.key, None)
+
+    def remove(self, waiting: W) -> None:
+        """Accepted, or over. Idempotent."""
+        self._offered.pop(waiting.key, None)
+        index = bisect.bisect_left(self._waiting, self._order(waiting), key=self._order)
+        while index < len(self._waiting) and self._waiting[index].key != waiting.key:
+            index += 1
+        del self._waiting[index : index + 1]
+
+    def recently_offered(self, now: float) -> Iterable[W]:
+        """Offers whose answer is still to be expected."""
+        return [waiting for waiting in self._offered.values() if now - (waiting.offered_at or 0.0) < ANSWER_EXPECTED_S]
+
+    def next_retry_at(self) -> float:
+        """When the next of those that wait for it is due; infinity if none waits."""
+        return min((waiting.retry_at for waiting in self._waiting if waiting.offered_at is None and waiting.retry_at), default=float("inf"))
+
+    def _order(self, waiting: W) -> float:
+        return waiting.started_at + (self._times.batch_ageing_s if waiting.priority is Priority.BATCH else 0.0)
+
+
+@dataclass(slots=True)
+class Refusals:
+    """Why and since when one ticket has been told not now for lack of room. wanted_blocks: fresh blocks it lacked."""
+
+    since: float
+    last: float
+    wanted_blocks: int
+    delay_s: float
+
+
+class OldestRefused:
+    """Keeps a large ticket from waiting for ever behind small ones: younger ones of its class or a lower one leave its room alone.
+
+    All its state: `_refusals` by handoff. A refused ticket holds nothing; and it counts only while it is offered again and
+    again, so that a source that has gone quiet does not keep others out.
+    """
+
+    def __init__(self, times: Times) -> None:
+        self._times = times
+        self._refusals: dict[HandoffKey, tuple[Waiting, Refusals]] = {}
+
+    def refuse(self, ticket: Waiting, wanted_blocks: int, now: float) -> float:
+        """It was told not now. Returns: in how many seconds it should be offered again."""
+        _, refusals = self._refusals.setdefault(
+            ticket.key, (ticket, Refusals(since=now, last=now, wanted_blocks=wanted_blocks, delay_s=self._times.retry_min_s / 2))
+        )
+        refusals.last = now
+        refusals.wanted_blocks = wanted_blocks
+        refusals.delay_s = min(2 * refusals.delay_s, self._times.retry_max_s)
+        return refusals.delay_s
+
+    def forget(self, ticket: Waiting) -> None:
+        """It fits, or is gone. Idempotent."""
+        self._refusals.pop(ticket.key, None)
+
+    def room_kept_from(self, ticket: Waiting, now: float) -> int:
+        """Blocks that ticket must leave free for an older one; 0: none."""
+        older = [
+            (other.started_at, refusals.wanted_blocks)
+            for other, refusals in self._refusals.values()
+            if other is not ticket and self._goes_before(other, ticket, now) and self._is_active(refusals, now)
+        ]
+        return min(older)[1] if older else 0
+
+    def _goes_before(self, other: Waiting, ticket: Waiting, now: float) -> bool:
+        return other.started_at < ticket.started_at and self._rank(other, now) <= self._rank(ticket, now)
+
+    def _is_active(self, refusals: Refusals, now: float) -> bool:
+        return now - refusals.since > self._times.oldest_refused_s and now - refusals.last <= self._times.oldest_refused_s
+
+    def _rank(self, ticket: Waiting, now: float) -> Priority:
+        has_aged = now - ticket.started_at > self._times.batch_ageing_s
+        return Priority.INTERACTIVE if has_aged else ticket.priority

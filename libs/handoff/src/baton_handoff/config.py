@@ -1,0 +1,47 @@
+"""Settings of the handoff: sizes may be set by operators, times are the protocol's and are only changed by tests."""
+
+from dataclasses import dataclass
+
+from baton_handoff.transports.base import MAX_OPERATION_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """docs/handoff.md, section 4; seconds."""
+
+    beat_s: float = 0.2  # sent at least this often; the other side expects 250 ms
+    suspect_s: float = 1.0
+    fenced_s: float = 2.0
+    reopen_s: float = 0.2
+    first_link_s: float = 2.0
+    hello_s: float = 2.0
+    introduction_s: float = 1.0  # how long a ticket waits for the introduction of its pair
+    retry_min_s: float = 0.02
+    retry_max_s: float = 0.25
+    tombstone_s: float = 60.0
+    oldest_refused_s: float = 1.0  # a ticket refused that long goes before younger ones
+    batch_ageing_s: float = 10.0  # a batch request that waited that long is treated as interactive
+    stall_s: float = 2.0  # own loop stood still
+    stranded_s: float = 5.0
+    link_idle_s: float = 60.0
+    tick_s: float = 0.05
+    sums_s: float = 0.5  # the books hear the sums at least this often; they expect 1 s
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffConfig:
+    """Bounds of one worker's handoffs.
+
+    look_ahead_tokens: tokens begun and not computed at which prefill stops offering (about two chunks).
+    peer_share: part of the pool that one decode instance's unconfirmed blocks may take while others are linked too.
+    """
+
+    look_ahead_tokens: int = 8192
+    max_queued: int = 1024
+    max_tickets: int = 1024
+    max_pulls: int = 4
+    max_pulls_per_peer: int = 2
+    operation_bytes: int = MAX_OPERATION_BYTES
+    peer_share: float = 0.5
+    max_unsent_messages: int = 16384
+    times: Times = Times()

@@ -1,0 +1,77 @@
+"""Whether a peer is alive, judged from when it was last heard and from what its beats say. Local, needs no agreement."""
+
+import enum
+from dataclasses import dataclass
+
+from baton_handoff.config import Times
+
+
+class PeerState(enum.Enum):
+    """OK: offers go out. SUSPECT: no new offers. FENCED: all its handoffs on this link end."""
+
+    OK = "ok"
+    SUSPECT = "suspect"
+    FENCED = "fenced"
+
+
+class FenceReason(enum.StrEnum):
+    """Why a peer was fenced; the values go into PeerDown.reason."""
+
+    SILENT = "SILENT"
+    STEP_STUCK = "STEP_STUCK"
+    STREAM_BROKEN = "STREAM_BROKEN"
+    REPLACED = "REPLACED"
+    LOOP_STALL = "LOOP_STALL"
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """As baton.worker.v1.Beat, in seconds."""
+
+    step: int = 0
+    running_step_age_s: float = 0.0
+    predicted_step_s: float = 0.0
+
+
+class PeerWatch:
+    """One link's judgement of its peer.
+
+    All its state: when the peer was last heard, when its link was lost (None: it is up), and its newest beat.
+    """
+
+    def __init__(self, times: Times, now: float) -> None:
+        self._times = times
+        self._heard_at = now
+        self._lost_at: float | None = None
+        self._beat = Beat()
+
+    def heard(self, beat: Beat, now: float) -> None:
+        """A message arrived."""
+        self._heard_at = now
+        self._beat = beat
+
+    def linked(self, now: float) -> None:
+        """The link is up (again)."""
+        self._heard_at = now
+        self._lost_at = None
+
+    def lost(self, now: float) -> None:
+        """The link broke; the first break counts."""
+        if self._lost_at is None:
+            self._lost_at = now
+
+    def silent_s(self, now: float) -> float:
+        """Time since the peer was last heard."""
+        return now - self._heard_at
+
+    def judge(self, now: float) -> tuple[PeerState, FenceReason | None]:
+        """State now, and with FENCED why."""
+        if self._lost_at is not None and now - self._lost_at >= self._times.reopen_s:
+            return PeerState.FENCED, FenceReason.STREAM_BROKEN
+        if self.silent_s(now) >= self._times.fenced_s:
+            return PeerState.FENCED, FenceReason.SILENT
+        if self._beat.running_step_age_s > max(self._times.fenced_s, 4 * self._beat.predicted_step_s):
+            return PeerState.FENCED, FenceReason.STEP_STUCK
+        if self._lost_at is not None or self.silent_s(now) >= self._times.suspect_s:
+            return PeerState.SUSPECT, None
+        return PeerState.OK, None

@@ -1,0 +1,409 @@
+"""The sink's side of every handoff of this worker: a plain state machine, events in, actions out.
+
+States: ticket -> pulling -> complete or failed, by way of draining if an operation of ours still runs (docs/handoff.md,
+section 2). A ticket holds no block. The block manager is called directly: reserve at an accepted Begin, commit at a
+confirm that was answered yes, release when anything went wrong and nothing of ours writes any more. Nothing here waits,
+and time comes in as an argument (time.monotonic()).
+"""
+
+import enum
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from baton_engine.api import EngineRequest
+from baton_engine.blocks import BlockManager
+from baton_engine.errors import CacheFull
+from baton_runtime.errors import BatonError, Draining, QueueFull
+
+from baton_handoff.actions import Action, Completed, Ended, Report, Send, StartPull
+from baton_handoff.admission import OldestRefused, Waiting, check_start
+from baton_handoff.config import HandoffConfig
+from baton_handoff.ids import (
+    ConfirmAnswer,
+    EndReason,
+    EventKind,
+    FailureCause,
+    HandoffComplete,
+    HandoffEnd,
+    HandoffKey,
+    Outcome,
+    PeerRef,
+    Side,
+)
+from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, CancelHandoff, Confirm, ConfirmReply, FromSource, NotNow, Refused
+from baton_handoff.tag import KvShape, TagChain
+from baton_handoff.tombstones import Tombstone, Tombstones
+
+
+class SinkState(enum.Enum):
+    """States of a handoff at the sink. Only pulling and draining ones hold blocks; a draining one is over for everybody else."""
+
+    TICKET = "ticket"
+    PULLING = "pulling"
+    DRAINING = "draining"
+    OVER = "over"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SinkHandoff(Waiting):
+    """One handoff. Its blocks are [0, num_blocks) of the sequence:
+
+    first <= confirmed <= asked <= pulled <= announced <= num_blocks
+    [0, first)              our own cached prefix, pinned by being in the table
+    [first, confirmed)      committed
+    [confirmed, pulled)     bytes read, reserved; asked is the end of the Confirm in flight (= confirmed: none is)
+    [pulled, announced)     may be pulled
+    [announced, num_blocks) reserved, not computed yet
+    """
+
+    request: EngineRequest
+    traceparent: str
+    hashes: Sequence[bytes]
+    tags: TagChain
+    state: SinkState = SinkState.TICKET
+    first: int = 0
+    confirmed: int = 0
+    asked: int = 0
+    asked_tag: bytes = b""
+    pulled: int = 0
+    source_ids: list[int] = field(default_factory=list)  # of [first, announced)
+    pull_end: int = 0  # of the running operation, exclusive
+    operation: int = 0  # number of the running operation; 0: none runs
+    cached_tokens: int = 0
+    outcome: Outcome | None = None
+
+    @property
+    def announced(self) -> int:
+        """End of the announced blocks."""
+        return self.first + len(self.source_ids)
+
+    @property
+    def is_pullable(self) -> bool:
+        """Whether an operation could start now."""
+        return self.state is SinkState.PULLING and not self.operation and self.pulled < self.announced
+
+
+class SinkBook:
+    """All handoffs for which this worker is the sink.
+
+    All its mutable state: `_live` by request_id (one attempt at a time), `_draining` and `_running` by operation number,
+    `_tombstones`, `_refused`. The table of a live handoff belongs to it; with Completed it goes over to the engine.
+    """
+
+    def __init__(self, blocks: BlockManager, shape: KvShape, config: HandoffConfig) -> None:
+        self._blocks = blocks
+        self._shape = shape
+        self._config = config
+        self._total_blocks = blocks.counts().total
+        self._operation_blocks = max(1, config.operation_bytes // shape.block_bytes)
+        self._live: dict[str, SinkHandoff] = {}
+        self._draining: dict[int, SinkHandoff] = {}
+        self._running: dict[int, SinkHandoff] = {}
+        self._last_operation = 0
+        self._tombstones = Tombstones(config.times.tombstone_s)
+        self._refused = OldestRefused(config.times)
+        self._is_draining = False
+        self._out: list[Action] = []
+
+    # What may be asked.
+
+    @property
+    def live(self) -> Collection[SinkHandoff]:
+        """Handoffs that are not over."""
+        return self._live.values()
+
+    @property
+    def draining(self) -> Collection[SinkHandoff]:
+        """Handoffs that are over but for an operation of ours that has not returned."""
+        return self._draining.values()
+
+    def num_tickets(self) -> int:
+        """Handoffs that hold nothing yet."""
+        return sum(1 for handoff in self._live.values() if handoff.state is SinkState.TICKET)
+
+    def live_with(self, incarnation: str) -> list[SinkHandoff]:
+        """Handoffs with that source."""
+        return [handoff for handoff in self._live.values() if handoff.peer.incarnation == incarnation]
+
+    def begun_with(self, incarnation: str) -> list[HandoffKey]:
+        """What a hello to that source lists. Tickets are left out: the source may not have their Start yet."""
+        return [handoff.key for handoff in self.live_with(incarnation) if handoff.state is SinkState.PULLING]
+
+    # Events. Each returns what is to be done, in order.
+
+    def start(self, request: EngineRequest, prefill: PeerRef, traceparent: str, now: float) -> list[Action]:
+        """Take a ticket for KV from a prefill instance.
+
+        Raises: Draining, QueueFull, InvalidArgument, StaleAttempt; nothing was kept then, and no end will come.
+        """
+        key = HandoffKey(request.key.request_id, request.key.attempt, self._shape.incarnation)
+        num_blocks = self._shape.num_blocks(request.num_kv_tokens)
+        check_start(self._tombstones, request, num_blocks, self._total_blocks, is_draining=self._is_draining)
+        if len(self._live) >= self._config.max_tickets:
+            raise QueueFull(len(self._live), self._config.max_tickets, retry_after_ms=250)
+        hashes = self._shape.hashes(request)
+        older = self._live.get(key.request_id)
+        if older is not None:
+            self._end(older, EndReason.STALE, Outcome.CANCELLED, now, tell="STALE")
+        self._tombstones.saw(key.request_id, key.attempt)
+        self._live[key.request_id] = SinkHandoff(
+            key=key,
+            peer=prefill,
+            priority=request.priority,
+            started_at=now,
+            num_blocks=num_blocks,
+            num_tokens=request.num_kv_tokens,
+            request=request,
+            traceparent=traceparent,
+            hashes=hashes,
+            tags=TagChain(self._shape, request.cache_root, request.token_ids, request.num_kv_tokens),
+        )
+        return self._done()
+
+    def receive(self, peer_incarnation: str, message: FromSource, now: float) -> list[Action]:
+        """A message from a source, in the order in which it was sent."""
+        handoff = self._live.get(message.key.request_id)
+        if handoff is not None and (handoff.key != message.key or handoff.peer.incarnation != peer_incarnation):
+            handoff = None
+        if isinstance(message, Begin):
+            self._out.append(Send(peer_incarnation, BeginReply(message.key, self._begin(handoff, message, now))))
+            if handoff is not None and handoff.first == handoff.num_blocks:
+                self._complete(handoff, now)
+        elif isinstance(message, Announce):
+            self._announced(handoff, peer_incarnation, message)
+        elif handoff is not None and isinstance(message, ConfirmReply):
+            self._confirm_reply(handoff, message, now)
+        elif handoff is not None and isinstance(message, CancelHandoff):
+            self._fail(handoff, FailureCause.PEER_CANCELLED, now)
+        return self._done()
+
+    def pull_returned(self, operation: int, failure: FailureCause | None, now: float) -> list[Action]:
+        """The operation of a StartPull is over: nothing writes to its destination any more. failure: None if all bytes came."""
+        handoff = self._running.pop(operation)
+        handoff.operation = 0
+        if self._draining.pop(operation, None) is not None:
+            self._release(handoff)
+        elif failure is not None:
+            self._fail(handoff, failure, now, tell="PULL_FAILED")
+        else:
+            handoff.pulled = handoff.pull_end
+            self._ask(handoff)
+        return self._done()
+
+    def cancel(self, request_id: str, attempt: int, reason: str, now: float) -> list[Action]:
+        """This attempt and all lower ones are over, whether their Start has arrived or not."""
+        self._tombstones.cancel(request_id, attempt, now)
+        handoff = self._live.get(request_id)
+        if handoff is not None and handoff.key.attempt <= attempt:
+            end = EndReason.DEADLINE if reason == "DEADLINE" else EndReason.CANCELLED
+            self._end(handoff, end, Outcome.CANCELLED, now, tell=reason)
+        return self._done()
+
+    def link_up(self, incarnation: str, now: float) -> list[Action]:
+        """The link to a source is up again, its hello has listed `begun_with`: repeat the Confirms that are open."""
+        for handoff in self.live_with(incarnation):
+            if handoff.asked > handoff.confirmed:
+                self._send(handoff, Confirm(handoff.key, handoff.asked, handoff.asked_tag))
+        return self._done()
+
+    def fence(self, incarnation: str, cause: FailureCause, now: float) -> list[Action]:
+        """A source is taken for dead, or cannot be reached: everything with it ends here, nothing is said to it."""
+        for handoff in self.live_with(incarnation):
+            self._fail(handoff, cause, now)
+        return self._done()
+
+    def set_draining(self, now: float) -> list[Action]:
+        """Refuse new starts, hand tickets back, finish what has begun."""
+        self._is_draining = True
+        for handoff in list(self._live.values()):
+            if handoff.state is SinkState.TICKET:
+                self._end(handoff, EndReason.REFUSED, Outcome.CANCELLED, now, tell="DRAINING", error=Draining())
+        return self._done()
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed."""
+        self._tombstones.expire(now)
+        return self._done()
+
+    # Everything below changes state and appends to _out.
+
+    def _done(self) -> list[Action]:
+        self._start_pulls()
+        out, self._out = self._out, []
+        return out
+
+    def _begin(self, handoff: SinkHandoff | None, begin: Begin, now: float) -> Accepted | NotNow | Refused:
+        if handoff is None:
+            return self._begin_unknown(begin)
+        if handoff.state is SinkState.PULLING:
+            return Accepted(handoff.first)
+        if (begin.num_tokens, begin.num_blocks) != (handoff.num_tokens, handoff.num_blocks):
+            self._fail(handoff, FailureCause.DATA_LOSS, now)  # the two Starts are not of the same sequence
+            return Refused("CANCELLED")
+        return self._reserve(handoff, now)
+
+    def _begin_unknown(self, begin: Begin) -> Accepted | NotNow | Refused:
+        stone = self._tombstones.get(begin.key)
+        if stone is not None and stone.is_confirmed:
+            return Accepted(stone.num_blocks)  # all was cached here, and the answer was lost
+        if begin.key.decode_incarnation != self._shape.incarnation or self._tombstones.is_older(begin.key):
+            return Refused("STALE")
+        if stone is not None or self._tombstones.is_over(begin.key):
+            return Refused("CANCELLED")
+        if begin.num_blocks > self._total_blocks:
+            return Refused("TOO_LARGE")
+        if self._is_draining:
+            return Refused("DRAINING")
+        return NotNow(round(self._config.times.retry_min_s * 1e3))  # its Start may be on its way
+
+    def _reserve(self, handoff: SinkHandoff, now: float) -> Accepted | NotNow:
+        kept = self._refused.room_kept_from(handoff, now)
+        if kept and not self._blocks.can_hold(handoff.num_blocks + kept):
+            return self._not_now(handoff, handoff.num_blocks, now)
+        keep_free = self._blocks.growth_headroom
+        try:
+            handoff.first = self._blocks.reserve(handoff.key.sequence, handoff.hashes, handoff.num_blocks, keep_free=keep_free)
+        except CacheFull as error:
+            return self._not_now(handoff, error.needed + keep_free, now)
+        handoff.confirmed = handoff.asked = handoff.pulled = handoff.first
+        handoff.state = SinkState.PULLING
+        self._refused.forget(handoff)
+        self._report(handoff, EventKind.BEGUN)
+        return Accepted(handoff.first)
+
+    def _not_now(self, handoff: SinkHandoff, wanted_blocks: int, now: float) -> NotNow:
+        return NotNow(round(self._refused.refuse(handoff, wanted_blocks, now) * 1e3))
+
+    def _announced(self, handoff: SinkHandoff | None, peer_incarnation: str, message: Announce) -> None:
+        if handoff is None or handoff.state is not SinkState.PULLING:
+            self._out.append(Send(peer_incarnation, CancelHandoff(message.key, "UNKNOWN")))
+            return
+        known = handoff.announced - message.first_block  # repeated blocks; negative would be a gap, which a FIFO cannot make
+        if 0 <= known < len(message.block_ids) and message.first_block + len(message.block_ids) <= handoff.num_blocks:
+            handoff.source_ids += message.block_ids[known:]
+            handoff.cached_tokens = message.cached_tokens
+
+    def _start_pulls(self) -> None:
+        """Start what may run, interactive before batch, then oldest first, within the limits in all and per peer."""
+        free = self._config.max_pulls - len(self._running)
+        if free <= 0:
+            return
+        waiting = sorted((h for h in self._live.values() if h.is_pullable), key=lambda h: (h.priority, h.started_at))
+        busy: dict[str, int] = {}
+        for handoff in self._running.values():
+            busy[handoff.peer.incarnation] = busy.get(handoff.peer.incarnation, 0) + 1
+        for handoff in waiting:
+            peer = handoff.peer.incarnation
+            if free > 0 and busy.get(peer, 0) < self._config.max_pulls_per_peer:
+                busy[peer] = busy.get(peer, 0) + 1
+                free -= 1
+                self._start_pull(handoff)
+
+    def _start_pull(self, handoff: SinkHandoff) -> None:
+        start, end = handoff.pulled, min(handoff.announced, handoff.pulled + self._operation_blocks)
+        self._last_operation += 1
+        handoff.operation, handoff.pull_end = self._last_operation, end
+        self._running[handoff.operation] = handoff
+        source_ids = tuple(handoff.source_ids[start - handoff.first : end - handoff.first])
+        dest_ids = tuple(self._blocks.table(handoff.key.sequence)[start:end])
+        self._out.append(StartPull(handoff.key, handoff.operation, handoff.peer.incarnation, handoff.priority, source_ids, dest_ids))
+
+    def _ask(self, handoff: SinkHandoff) -> None:
+        if handoff.asked > handoff.confirmed or handoff.pulled == handoff.confirmed:
+            return  # one Confirm is in flight, or there is nothing to ask
+        handoff.asked, handoff.asked_tag = handoff.pulled, handoff.tags.at(handoff.pulled)
+        self._send(handoff, Confirm(handoff.key, handoff.asked, handoff.asked_tag))
+
+    def _confirm_reply(self, handoff: SinkHandoff, reply: ConfirmReply, now: float) -> None:
+        if handoff.state is not SinkState.PULLING or reply.end_block != handoff.asked or handoff.asked == handoff.confirmed:
+            return
+        if reply.answer is not ConfirmAnswer.CONFIRMED:
+            self._fail(handoff, _CAUSE_OF_ANSWER[reply.answer], now, tell=reply.answer.name)
+            return
+        handoff.confirmed = handoff.asked
+        self._blocks.commit(handoff.key.sequence, handoff.confirmed, handoff.hashes)
+        if handoff.confirmed == handoff.num_blocks:
+            self._complete(handoff, now)
+        else:
+            self._report(handoff, EventKind.PROGRESS)
+            self._ask(handoff)
+
+    def _complete(self, handoff: SinkHandoff, now: float) -> None:
+        """From here on the table is the sequence's; the receiver of Completed starts the engine or releases it."""
+        del self._live[handoff.key.request_id]
+        handoff.state = SinkState.OVER
+        self._tombstones.bury(handoff.key, Tombstone(Outcome.CONFIRMED, handoff.num_blocks, handoff.confirmed), now)
+        self._report(handoff, EventKind.ENDED, Outcome.CONFIRMED)
+        tail_tokens = handoff.num_tokens % self._shape.block_tokens
+        tail_block = self._blocks.table(handoff.key.sequence)[handoff.num_blocks - 1] if tail_tokens else -1
+        cached_tokens = max(handoff.first * self._shape.block_tokens, handoff.cached_tokens)
+        complete = HandoffComplete(cached_tokens, (handoff.num_blocks - handoff.first) * self._shape.block_bytes)
+        self._out.append(Completed(handoff.key, complete, tail_block, tail_tokens))
+
+    def _fail(self, handoff: SinkHandoff, cause: FailureCause, now: float, tell: str = "") -> None:
+        self._end(handoff, EndReason.HANDOFF_FAILED, _OUTCOME_OF_CAUSE[cause], now, tell=tell, cause=cause)
+
+    def _end(
+        self,
+        handoff: SinkHandoff,
+        reason: EndReason,
+        outcome: Outcome,
+        now: float,
+        *,
+        tell: str = "",
+        cause: FailureCause | None = None,
+        error: BatonError | None = None,
+    ) -> None:
+        """The one way out without the KV. What was confirmed stays in the prefix cache; the rest is free at once, or when the
+        running operation returns."""
+        was_begun = handoff.state is SinkState.PULLING
+        del self._live[handoff.key.request_id]
+        self._refused.forget(handoff)
+        refusal = "DRAINING" if tell == "DRAINING" else "CANCELLED"
+        self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.num_blocks, handoff.confirmed, refusal), now)
+        handoff.outcome = outcome
+        if tell:
+            self._send(handoff, CancelHandoff(handoff.key, tell))
+        if handoff.operation:
+            handoff.state = SinkState.DRAINING
+            self._draining[handoff.operation] = handoff
+            self._report(handoff, EventKind.ENDED, outcome)
+        elif was_begun:
+            self._release(handoff)
+        end = HandoffEnd(
+            reason=reason,
+            cause=cause,
+            peer_incarnation=handoff.peer.incarnation,
+            confirmed_tokens=min(handoff.confirmed * self._shape.block_tokens, handoff.num_tokens),
+            error=error,
+            num_bytes=(handoff.confirmed - handoff.first) * self._shape.block_bytes,
+        )
+        self._out.append(Ended(handoff.key, Side.SINK, end))
+
+    def _release(self, handoff: SinkHandoff) -> None:
+        self._blocks.release(handoff.key.sequence)
+        handoff.state = SinkState.OVER
+        self._report(handoff, EventKind.ENDED, handoff.outcome)
+
+    def _send(self, handoff: SinkHandoff, message: Confirm | CancelHandoff) -> None:
+        self._out.append(Send(handoff.peer.incarnation, message))
+
+    def _report(self, handoff: SinkHandoff, kind: EventKind, outcome: Outcome | None = None) -> None:
+        held = 0 if handoff.state is SinkState.OVER else handoff.num_blocks - handoff.confirmed
+        confirmed = handoff.confirmed - handoff.first
+        self._out.append(Report(handoff.key, Side.SINK, kind, handoff.peer.incarnation, held, confirmed, handoff.traceparent, outcome))
+
+
+_CAUSE_OF_ANSWER = {
+    ConfirmAnswer.NOT_PINNED: FailureCause.NOT_PINNED,
+    ConfirmAnswer.TAG_MISMATCH: FailureCause.DATA_LOSS,
+    ConfirmAnswer.STALE: FailureCause.PEER_CANCELLED,
+}
+_OUTCOME_OF_CAUSE = {
+    FailureCause.PEER_FENCED: Outcome.FENCED,
+    FailureCause.PATH_DOWN: Outcome.FAILED,
+    FailureCause.PEER_CANCELLED: Outcome.CANCELLED,
+    FailureCause.NOT_PINNED: Outcome.NOT_PINNED,
+    FailureCause.DATA_LOSS: Outcome.DATA_LOSS,
+    FailureCause.NO_INTRODUCTION: Outcome.FAILED,
+}

@@ -1,0 +1,442 @@
+"""The source's side of every handoff of this worker: a plain state machine, events in, actions out.
+
+States: queued -> offered -> computing -> computed -> over (docs/handoff.md, section 2). In queued and offered a handoff
+holds no block. The block manager is called directly: acquire when the sink has accepted, unpin when it has confirmed or
+anything went wrong. Nothing here waits, and time comes in as an argument (time.monotonic()).
+"""
+
+import enum
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from baton_engine.api import BlocksReady, EngineRequest, SequenceEnd, SequenceKey, Work
+from baton_engine.api import EndReason as EngineEnd
+from baton_engine.blocks import BlockManager
+from baton_engine.errors import CacheFull, SequenceTooLong
+from baton_runtime.errors import BatonError, Internal, InvalidArgument, QueueFull, Unavailable
+
+from baton_handoff.actions import Action, CancelEngine, Ended, Report, Send, StartEngine
+from baton_handoff.admission import OfferQueue, Waiting, check_start
+from baton_handoff.config import HandoffConfig
+from baton_handoff.ids import ConfirmAnswer, EndReason, EventKind, FailureCause, HandoffEnd, HandoffKey, Outcome, PeerRef, Side
+from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, CancelHandoff, Confirm, ConfirmReply, FromSink, NotNow, Refused
+from baton_handoff.tag import KvShape, TagChain
+from baton_handoff.tombstones import Tombstone, Tombstones
+
+
+class SourceState(enum.Enum):
+    """States of a live handoff at the source."""
+
+    QUEUED = "queued"
+    OFFERED = "offered"
+    COMPUTING = "computing"
+    COMPUTED = "computed"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SourceHandoff(Waiting):
+    """One live handoff. Its blocks are [0, num_blocks) of the sequence:
+
+    first <= confirmed <= announced <= num_blocks
+    [0, first)              the sink has them in its own cache; never announced, not pinned
+    [first, confirmed)      the sink's; unpinned here
+    [confirmed, announced)  computed, pinned, announced
+    [announced, num_blocks) to be computed
+    """
+
+    request: EngineRequest
+    traceparent: str
+    hashes: Sequence[bytes]
+    tags: TagChain
+    state: SourceState = SourceState.QUEUED
+    first: int = 0
+    confirmed: int = 0
+    block_ids: list[int] = field(default_factory=list)  # of [first, announced)
+    cached_tokens: int = 0
+    ready_at: float = 0.0
+
+    @property
+    def announced(self) -> int:
+        """End of the announced blocks."""
+        return self.first + len(self.block_ids)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the sink holds room for it and we hold blocks."""
+        return self.state in (SourceState.COMPUTING, SourceState.COMPUTED)
+
+
+class SourceBook:
+    """All handoffs for which this worker is the source.
+
+    All its mutable state: `_live` by request_id (one attempt at a time), `_queue` (those queued or offered), `_tombstones`,
+    `_engine_runs` (sequences the engine has not ended) and `_linked` (peers, and whether offers may go to them).
+    """
+
+    def __init__(self, blocks: BlockManager, shape: KvShape, config: HandoffConfig) -> None:
+        self._blocks = blocks
+        self._shape = shape
+        self._config = config
+        self._times = config.times
+        self._total_blocks = blocks.counts().total
+        self._live: dict[str, SourceHandoff] = {}
+        self._queue: OfferQueue[SourceHandoff] = OfferQueue(config.times)
+        self._tombstones = Tombstones(config.times.tombstone_s)
+        self._engine_runs: set[SequenceKey] = set()
+        self._linked: dict[str, bool] = {}
+        self._is_draining = False
+        self._out: list[Action] = []
+
+    # What may be asked.
+
+    @property
+    def live(self) -> Collection[SourceHandoff]:
+        """Handoffs that are not over."""
+        return self._live.values()
+
+    def num_queued(self) -> int:
+        """Handoffs the sink has not accepted."""
+        return len(self._queue)
+
+    def live_with(self, incarnation: str) -> list[SourceHandoff]:
+        """Handoffs with that sink."""
+        return [handoff for handoff in self._live.values() if handoff.peer.incarnation == incarnation]
+
+    def next_retry_at(self) -> float:
+        """When the next offer that was told not now is due; infinity if none is."""
+        return self._queue.next_retry_at()
+
+    # Events. Each returns what is to be done, in order.
+
+    def start(self, request: EngineRequest, decode: PeerRef, traceparent: str, now: float) -> list[Action]:
+        """Queue a prefill for a decode instance.
+
+        Raises: Draining, QueueFull, InvalidArgument, StaleAttempt; nothing was kept then, and no end will come.
+        """
+        key = HandoffKey(request.key.request_id, request.key.attempt, decode.incarnation)
+        num_blocks = self._shape.num_blocks(request.num_kv_tokens)
+        check_start(self._tombstones, request, num_blocks, self._total_blocks, is_draining=self._is_draining)
+        if len(self._queue) >= self._config.max_queued:
+            raise QueueFull(len(self._queue), self._config.max_queued, retry_after_ms=250)
+        hashes = self._shape.hashes(request)
+        self._supersede(key, now)
+        self._tombstones.saw(key.request_id, key.attempt)
+        handoff = SourceHandoff(
+            key=key,
+            peer=decode,
+            priority=request.priority,
+            started_at=now,
+            num_blocks=num_blocks,
+            num_tokens=request.num_kv_tokens,
+            request=replace(request, work=Work.PREFILL_ONLY),
+            traceparent=traceparent,
+            hashes=hashes,
+            tags=TagChain(self._shape, request.cache_root, request.token_ids, request.num_kv_tokens),
+        )
+        self._live[key.request_id] = handoff
+        self._queue.add(handoff)
+        return self._done(now)
+
+    def receive(self, peer_incarnation: str, message: FromSink, now: float) -> list[Action]:
+        """A message from a sink, in the order in which it was sent."""
+        handoff = self._find(message.key)
+        if message.key.decode_incarnation != peer_incarnation:
+            return []  # a sink speaks for its own handoffs only
+        if isinstance(message, Confirm):
+            self._out.append(Send(peer_incarnation, ConfirmReply(message.key, message.end_block, self._confirm(handoff, message, now))))
+        elif handoff is not None and isinstance(message, BeginReply):
+            self._begin_reply(handoff, message, now)
+        elif handoff is not None and isinstance(message, CancelHandoff):
+            self._fail(handoff, FailureCause.PEER_CANCELLED, now)
+        return self._done(now)
+
+    def blocks_ready(self, ready: BlocksReady, now: float) -> list[Action]:
+        """The engine has computed and pinned blocks."""
+        handoff = self._find_sequence(ready.key)
+        if handoff is None or handoff.state is not SourceState.COMPUTING:
+            self._blocks.unpin(ready.key)  # the handoff ended while the step ran
+            return self._done(now)
+        assert ready.first_block == handoff.announced, "an engine reports blocks in order, from first_announced_block on"
+        handoff.block_ids += ready.block_ids
+        handoff.cached_tokens = ready.cached_tokens
+        handoff.ready_at = ready.ready_at
+        if handoff.announced == handoff.num_blocks:
+            handoff.state = SourceState.COMPUTED
+        self._announce(handoff, ready.first_block, now)
+        self._report(handoff, EventKind.PROGRESS)
+        return self._done(now)
+
+    def engine_ended(self, end: SequenceEnd, now: float) -> list[Action]:
+        """The engine ended a sequence and released its table. Sequences that are no handoff's are ignored."""
+        if end.key not in self._engine_runs:
+            return []
+        self._engine_runs.discard(end.key)
+        handoff = self._find_sequence(end.key)
+        if handoff is None:
+            self._blocks.unpin(end.key)
+        elif end.reason is not EngineEnd.PREFILLED or handoff.state is not SourceState.COMPUTED:
+            self._fail_computing(handoff, end, now)
+        return self._done(now)
+
+    def engine_refused(self, key: HandoffKey, error: BatonError | SequenceTooLong, now: float) -> list[Action]:
+        """The engine did not take the sequence of a StartEngine."""
+        self._engine_runs.discard(key.sequence)
+        self._blocks.release(key.sequence)
+        handoff = self._find(key)
+        if handoff is not None and isinstance(error, SequenceTooLong):
+            self._end(handoff, EndReason.INVALID, Outcome.FAILED, now, tell="TOO_LARGE", error=InvalidArgument("token_ids", str(error)))
+        elif handoff is not None and isinstance(error, BatonError):
+            self._end(handoff, EndReason.REFUSED, Outcome.FAILED, now, tell="NO_ROOM", error=error)
+        return self._done(now)
+
+    def cancel(self, request_id: str, attempt: int, reason: str, now: float) -> list[Action]:
+        """This attempt and all lower ones are over, whether their Start has arrived or not."""
+        self._tombstones.cancel(request_id, attempt, now)
+        handoff = self._live.get(request_id)
+        if handoff is not None and handoff.key.attempt <= attempt:
+            end = EndReason.DEADLINE if reason == "DEADLINE" else EndReason.CANCELLED
+            self._end(handoff, end, Outcome.CANCELLED, now, tell=reason)
+        return self._done(now)
+
+    def link_up(self, incarnation: str, listed: Collection[HandoffKey], now: float) -> list[Action]:
+        """A sink has opened or re-opened its link; listed: handoffs it has begun and not ended."""
+        self._linked[incarnation] = True
+        for handoff in self.live_with(incarnation):
+            if handoff.is_begun and handoff.key not in listed:
+                self._fail(handoff, FailureCause.PEER_CANCELLED, now)
+            elif handoff.is_begun and handoff.announced > handoff.confirmed:
+                self._announce(handoff, handoff.confirmed, now)
+            elif handoff.state is SourceState.OFFERED or (handoff.state is SourceState.QUEUED and handoff.key in listed):
+                self._offer(handoff, now)
+        self._out += [
+            Send(incarnation, CancelHandoff(key, "UNKNOWN")) for key in listed if self._find(key) is None and not self._was_confirmed(key)
+        ]
+        return self._done(now)
+
+    def link_down(self, incarnation: str, now: float) -> list[Action]:
+        """The link broke; handoffs go on, no new offers until it is back."""
+        if incarnation in self._linked:
+            self._linked[incarnation] = False
+        return self._done(now)
+
+    def link_closed(self, incarnation: str, now: float) -> list[Action]:
+        """The sink has closed the link because it has no handoff with us: what we offered, it has not taken."""
+        self._linked.pop(incarnation, None)
+        for handoff in self.live_with(incarnation):
+            if handoff.is_begun:
+                self._fail(handoff, FailureCause.PEER_CANCELLED, now)
+            elif handoff.state is SourceState.OFFERED:
+                handoff.state = SourceState.QUEUED
+                self._queue.offer_answered(handoff, retry_at=now)
+        return self._done(now)
+
+    def suspect(self, incarnation: str, is_suspect: bool, now: float) -> list[Action]:
+        """Whether new offers may go to a linked sink."""
+        if incarnation in self._linked:
+            self._linked[incarnation] = not is_suspect
+        return self._done(now)
+
+    def fence(self, incarnation: str, now: float) -> list[Action]:
+        """A sink is taken for dead: everything with it ends here, nothing is said to it."""
+        self._linked.pop(incarnation, None)
+        for handoff in self.live_with(incarnation):
+            self._fail(handoff, FailureCause.PEER_FENCED, now)
+        return self._done(now)
+
+    def set_draining(self, now: float) -> list[Action]:
+        """Refuse new starts, hand back what no sink has been offered, finish the rest."""
+        self._is_draining = True
+        for handoff in list(self._live.values()):
+            if handoff.state is SourceState.QUEUED:
+                self._hand_back(handoff, now)
+        return self._done(now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed, or blocks have become free."""
+        self._tombstones.expire(now)
+        return self._done(now)
+
+    # Everything below changes state and appends to _out.
+
+    def _done(self, now: float) -> list[Action]:
+        self._offer_next(now)
+        out, self._out = self._out, []
+        return out
+
+    def _offer_next(self, now: float) -> None:
+        if self._is_draining or not len(self._queue):
+            return
+        ahead = self._ahead_tokens(now)
+        for handoff in self._queue.due(now):
+            if ahead >= self._config.look_ahead_tokens:
+                return
+            if not self._linked.get(handoff.peer.incarnation) or self._is_over_share(handoff):
+                continue
+            if not self._blocks.can_hold(self._queue.offered_blocks + handoff.num_blocks):
+                return  # nobody overtakes for lack of our own room, or the largest would wait for ever
+            self._offer(handoff, now)
+            ahead += self._counted(handoff.num_tokens)
+
+    def _offer(self, handoff: SourceHandoff, now: float) -> None:
+        handoff.state = SourceState.OFFERED
+        self._queue.offered(handoff, now)
+        self._send(handoff, Begin(handoff.key, handoff.num_tokens, handoff.num_blocks, handoff.traceparent))
+
+    def _begin_reply(self, handoff: SourceHandoff, reply: BeginReply, now: float) -> None:
+        if handoff.state is not SourceState.OFFERED:
+            return
+        answer = reply.answer
+        if isinstance(answer, Refused):
+            self._fail(handoff, FailureCause.PEER_CANCELLED, now)
+        elif isinstance(answer, NotNow):
+            handoff.state = SourceState.QUEUED
+            self._queue.offer_answered(handoff, retry_at=now + answer.retry_after_ms / 1e3)
+            if self._is_draining:
+                self._hand_back(handoff, now)
+        else:
+            self._accepted(handoff, answer, now)
+
+    def _accepted(self, handoff: SourceHandoff, answer: Accepted, now: float) -> None:
+        self._queue.remove(handoff)
+        handoff.first = handoff.confirmed = min(answer.first_block, handoff.num_blocks)
+        if handoff.first == handoff.num_blocks:
+            handoff.state = SourceState.COMPUTED
+            self._report(handoff, EventKind.BEGUN)
+            self._end(handoff, EndReason.PREFILLED, Outcome.CONFIRMED, now)
+            return
+        try:
+            self._blocks.acquire(handoff.key.sequence, handoff.hashes, handoff.num_blocks)
+        except CacheFull as error:
+            # What was counted on is gone (sequences of our own took it): the sink gives its blocks back, the frontend places again.
+            facts = Unavailable(f"no room after the offer: {error}", needed=error.needed, available=error.available)
+            self._end(handoff, EndReason.REFUSED, Outcome.FAILED, now, tell="NO_ROOM", error=facts)
+            return
+        handoff.state = SourceState.COMPUTING
+        self._engine_runs.add(handoff.key.sequence)
+        self._report(handoff, EventKind.BEGUN)
+        self._out.append(StartEngine(handoff.key, replace(handoff.request, first_announced_block=handoff.first)))
+
+    def _confirm(self, handoff: SourceHandoff | None, asked: Confirm, now: float) -> ConfirmAnswer:
+        if handoff is None:
+            return self._confirm_over(asked)
+        if asked.end_block <= handoff.confirmed and handoff.is_begun:
+            return ConfirmAnswer.CONFIRMED
+        if not handoff.is_begun or asked.end_block > handoff.announced:
+            return ConfirmAnswer.NOT_PINNED
+        if handoff.tags.at(asked.end_block) != asked.tag:
+            self._fail(handoff, FailureCause.DATA_LOSS, now)
+            return ConfirmAnswer.TAG_MISMATCH
+        handoff.confirmed = asked.end_block
+        self._blocks.unpin(handoff.key.sequence, asked.end_block)
+        if handoff.confirmed == handoff.num_blocks:
+            self._end(handoff, EndReason.PREFILLED, Outcome.CONFIRMED, now)
+        else:
+            self._report(handoff, EventKind.PROGRESS)
+        return ConfirmAnswer.CONFIRMED
+
+    def _confirm_over(self, asked: Confirm) -> ConfirmAnswer:
+        stone = self._tombstones.get(asked.key)
+        if stone is not None and asked.end_block <= stone.confirmed_blocks:
+            return ConfirmAnswer.CONFIRMED
+        return ConfirmAnswer.STALE if self._tombstones.is_older(asked.key) else ConfirmAnswer.NOT_PINNED
+
+    def _supersede(self, key: HandoffKey, now: float) -> None:
+        older = self._live.get(key.request_id)
+        if older is not None:
+            self._end(older, EndReason.STALE, Outcome.CANCELLED, now, tell="STALE")
+
+    def _fail_computing(self, handoff: SourceHandoff, end: SequenceEnd, now: float) -> None:
+        if end.reason is EngineEnd.PREEMPTED:
+            self._end(handoff, EndReason.PREEMPTED, Outcome.CANCELLED, now, tell="PREEMPTED")
+        elif end.reason is EngineEnd.CANCELLED:
+            self._end(handoff, EndReason.CANCELLED, Outcome.CANCELLED, now, tell="CANCELLED")
+        else:
+            error = Internal(handoff.key.request_id)
+            self._end(handoff, EndReason.ENGINE_ERROR, Outcome.FAILED, now, tell="ENGINE_ERROR", error=error)
+
+    def _hand_back(self, handoff: SourceHandoff, now: float) -> None:
+        self._end(handoff, EndReason.REFUSED, Outcome.CANCELLED, now, tell="DRAINING", error=Unavailable("the instance is draining"))
+
+    def _fail(self, handoff: SourceHandoff, cause: FailureCause, now: float) -> None:
+        outcome = {FailureCause.PEER_FENCED: Outcome.FENCED, FailureCause.DATA_LOSS: Outcome.DATA_LOSS}.get(cause, Outcome.CANCELLED)
+        self._end(handoff, EndReason.HANDOFF_FAILED, outcome, now, cause=cause)
+
+    def _end(
+        self,
+        handoff: SourceHandoff,
+        reason: EndReason,
+        outcome: Outcome,
+        now: float,
+        *,
+        tell: str = "",
+        cause: FailureCause | None = None,
+        error: BatonError | None = None,
+    ) -> None:
+        """The one way out. After it nothing is held but what the engine's running step still uses."""
+        was_begun = handoff.is_begun
+        self._queue.remove(handoff)
+        del self._live[handoff.key.request_id]
+        self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.num_blocks, handoff.confirmed if was_begun else 0), now)
+        if was_begun:
+            self._blocks.unpin(handoff.key.sequence)
+        if handoff.state is SourceState.COMPUTING:
+            self._out.append(CancelEngine(handoff.key.sequence))
+        if tell:
+            self._send(handoff, CancelHandoff(handoff.key, tell))
+        if was_begun:
+            self._report(handoff, EventKind.ENDED, outcome)
+        end = HandoffEnd(
+            reason=reason,
+            cause=cause,
+            peer_incarnation=handoff.peer.incarnation,
+            confirmed_tokens=min(handoff.confirmed * self._shape.block_tokens, handoff.num_tokens),
+            error=error,
+            num_bytes=(handoff.confirmed - handoff.first) * self._shape.block_bytes,
+            cached_tokens=handoff.cached_tokens,
+        )
+        self._out.append(Ended(handoff.key, Side.SOURCE, end))
+
+    def _announce(self, handoff: SourceHandoff, first_block: int, now: float) -> None:
+        ids = tuple(handoff.block_ids[first_block - handoff.first :])
+        self._send(handoff, Announce(handoff.key, first_block, ids, handoff.cached_tokens, max(0.0, now - handoff.ready_at)))
+
+    def _send(self, handoff: SourceHandoff, message: Begin | Announce | CancelHandoff) -> None:
+        self._out.append(Send(handoff.peer.incarnation, message))
+
+    def _report(self, handoff: SourceHandoff, kind: EventKind, outcome: Outcome | None = None) -> None:
+        held = 0 if kind is EventKind.ENDED else handoff.announced - handoff.confirmed
+        confirmed = handoff.confirmed - handoff.first
+        self._out.append(Report(handoff.key, Side.SOURCE, kind, handoff.peer.incarnation, held, confirmed, handoff.traceparent, outcome))
+
+    def _find(self, key: HandoffKey) -> SourceHandoff | None:
+        handoff = self._live.get(key.request_id)
+        return handoff if handoff is not None and handoff.key == key else None
+
+    def _find_sequence(self, sequence: SequenceKey) -> SourceHandoff | None:
+        handoff = self._live.get(sequence.request_id)
+        return handoff if handoff is not None and handoff.key.attempt == sequence.attempt else None
+
+    def _was_confirmed(self, key: HandoffKey) -> bool:
+        stone = self._tombstones.get(key)
+        return stone is not None and stone.is_confirmed
+
+    def _counted(self, num_tokens: int) -> int:
+        # A quarter at most, so that some short prompts can be begun beside a long one and overtake it in the engine.
+        return min(num_tokens, self._config.look_ahead_tokens // 4)
+
+    def _ahead_tokens(self, now: float) -> int:
+        """Tokens begun and not computed; offers count only while an answer is to be expected, or one hung sink would stop all."""
+        block_tokens = self._shape.block_tokens
+        computing = sum(
+            self._counted(max(0, handoff.num_tokens - handoff.announced * block_tokens))
+            for handoff in self._live.values()
+            if handoff.state is SourceState.COMPUTING
+        )
+        return computing + sum(self._counted(handoff.num_tokens) for handoff in self._queue.recently_offered(now))
+
+    def _is_over_share(self, handoff: SourceHandoff) -> bool:
+        if len(self._linked) < 2:
+            return False
+        peer = handoff.peer.incarnation
+        others = sum(other.num_blocks - other.confirmed for other in self.live_with(peer) if other.state is not SourceState.QUEUED)
+        return others > 0 and others + handoff.num_blocks > self._config.peer_share * self._total_blocks

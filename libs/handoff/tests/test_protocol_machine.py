@@ -1,0 +1,163 @@
+"""Random histories of one or two sources and sinks: processes stop, wake and die, links break, requests are placed again."""
+
+import random
+
+import pytest
+from baton_engine.api import Priority
+from baton_handoff.ids import FailureCause
+from baton_handoff.testing.world import World
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+# Prompts share prefixes, so that caches on both sides matter; with two tokens per block and six blocks, two requests fit.
+PROMPTS = [(1, 2, 3, 4, 5), (1, 2, 3, 4, 6, 7), (1, 2, 8), (9, 9, 9, 9, 9, 9, 9), (1, 2)]
+LINK = st.integers(0, 3)
+PROCESS = st.integers(0, 3)
+THEN = st.integers(0, 1 << 20)
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    """Every rule is an event of the world; the world checks the laws after each."""
+
+    @initialize(sources=st.integers(1, 2), sinks=st.integers(1, 2))
+    def build(self, sources: int, sinks: int) -> None:
+        self.world = World(sources, sinks, num_blocks=6)
+        self.names = list(self.world.processes)
+        for sink, source in self.world.links:
+            self.world.open_link(sink, source)
+
+    def name(self, number: int) -> str:
+        return self.names[number % len(self.names)]
+
+    def link(self, number: int) -> tuple[str, str]:
+        return list(self.world.links)[number % len(self.world.links)]
+
+    def open_requests(self) -> list[str]:
+        return [request_id for request_id, request in self.world.frontend.requests.items() if not request.is_over]
+
+    @rule(link=LINK, prompt=st.sampled_from(PROMPTS), priority=st.sampled_from(list(Priority)), how_many=st.integers(1, 3), then=THEN)
+    def place_new(self, link: int, prompt: tuple[int, ...], priority: Priority, how_many: int, then: int) -> None:
+        for _ in range(how_many):
+            if len(self.open_requests()) < 8:
+                request_id = f"r{len(self.world.frontend.requests)}"
+                self.world.submit(request_id, prompt, priority)
+                sink, source = self.link(link)
+                self.world.place(request_id, source, sink)
+        self.go_on(then)
+
+    @precondition(lambda self: self.open_requests())
+    @rule(request=st.integers(0, 7), link=LINK, then=THEN)
+    def place_again(self, request: int, link: int, then: int) -> None:
+        request_id = self.open_requests()[request % len(self.open_requests())]
+        sink, source = self.link(link)
+        if self.world.frontend.requests[request_id].attempt < 4:
+            self.world.place(request_id, source, sink)
+        self.go_on(then)
+
+    @precondition(lambda self: self.open_requests())
+    @rule(request=st.integers(0, 7), then=THEN)
+    def cancel(self, request: int, then: int) -> None:
+        self.world.cancel(self.open_requests()[request % len(self.open_requests())])
+        self.go_on(then)
+
+    @rule(then=THEN)
+    def go_on(self, then: int) -> None:
+        """Steps that bring something forward, in any order across processes and links.
+
+        How many and which is drawn as one number, because hypothesis prefers short lists and quiet histories find nothing.
+        """
+        choices = random.Random(then)
+        for _ in range(then % 48):
+            steps = self.world.enabled()
+            if steps:
+                choices.choice(steps)()
+            else:
+                self.world.pass_time(0.25)
+
+    @rule(link=LINK, is_up=st.booleans(), then=THEN)
+    def duplicate(self, link: int, is_up: bool, then: int) -> None:
+        deliver = self.world.deliver_up if is_up else self.world.deliver_down
+        deliver(*self.link(link), duplicate=True)
+        self.go_on(then)
+
+    @rule(link=LINK, is_opened_again=st.booleans(), then=THEN)
+    def break_link(self, link: int, is_opened_again: bool, then: int) -> None:
+        self.world.break_link(*self.link(link))
+        if is_opened_again:
+            self.world.open_link(*self.link(link))
+        self.go_on(then)
+
+    @rule(number=st.integers(0, 3), then=THEN)
+    def pull_fails(self, number: int, then: int) -> None:
+        running = [(name, operation) for name, process in self.world.processes.items() for operation in process.pulls]
+        if running:
+            name, operation = running[number % len(running)]
+            self.world.pull_ends(name, operation, FailureCause.PATH_DOWN)
+        self.go_on(then)
+
+    @rule(seconds=st.sampled_from([0.02, 0.25, 1.5, 70.0]))
+    def pass_time(self, seconds: float) -> None:
+        if seconds > 60:  # nothing is on its way for longer than a tombstone lives
+            if any(process.is_stopped for process in self.world.processes.values()):
+                return
+            self.deliver_all()
+        self.world.pass_time(seconds)
+
+    def deliver_all(self) -> None:
+        while self.world.frontend.pending:
+            self.world.deliver_pending()
+        for (sink, source), link in self.world.links.items():
+            while link.up or link.down:
+                self.world.deliver_up(sink, source)
+                self.world.deliver_down(sink, source)
+        if self.world.frontend.pending:  # what arrived made the frontend cancel something
+            self.deliver_all()
+
+    @rule(process=PROCESS, then=THEN)
+    def stop_or_wake(self, process: int, then: int) -> None:
+        name = self.name(process)
+        if self.world.processes[name].is_stopped:
+            self.world.wake(name)
+        else:
+            self.world.stop(name)
+        self.go_on(then)
+
+    @rule(link=LINK, by_sink=st.booleans(), closes_links=st.booleans(), then=THEN)
+    def fence(self, link: int, by_sink: bool, closes_links: bool, then: int) -> None:
+        """Rightly or not, and even if the other side goes on talking: laws and accounts must hold."""
+        sink, source = self.link(link)
+        observer, observed = (sink, source) if by_sink else (source, sink)
+        self.world.fence(observer, self.world.processes[observed].incarnation, closes_links=closes_links)
+        self.go_on(then)
+
+    @rule(process=PROCESS, then=THEN)
+    def crash(self, process: int, then: int) -> None:
+        self.world.crash(self.name(process))
+        self.go_on(then)
+
+    @rule(process=PROCESS)
+    @precondition(lambda self: len(self.world.completions) > 2)
+    def drain(self, process: int) -> None:
+        self.world.drain(self.name(process))
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.settle()
+
+
+# The default runs in some seconds; for a long hunt: pytest -m slow, or raise max_examples.
+QUICK = settings(
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=True
+)
+
+
+@pytest.mark.timeout(120)
+def test_no_history_breaks_a_law() -> None:
+    run_state_machine_as_test(ProtocolMachine, settings=QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_long_history_breaks_a_law() -> None:
+    run_state_machine_as_test(ProtocolMachine, settings=settings(QUICK, max_examples=1000, stateful_step_count=120))
