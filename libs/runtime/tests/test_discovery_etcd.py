@@ -213,6 +213,20 @@ async def test_dead_endpoints_are_passed_over(etcd: EtcdProcess) -> None:
         await wait_until(lambda: registration.is_registered and view.is_synced and len(view.instances) == 1)
 
 
+async def test_next_endpoint_is_used_when_the_one_in_use_dies(etcd: EtcdProcess) -> None:
+    """The second is another store, empty, which is the worst case: the lease is unknown there and every record is missing."""
+    async with EtcdProcess() as other, discovery(f"{etcd.endpoint},{other.endpoint}") as here:
+        view = here.view()
+        registration = await here.register(instance())
+        await wait_until(lambda: len(view.instances) == 1)
+        await etcd.kill()
+        await wait_until(lambda: not registration.is_registered)
+        await wait_until(lambda: registration.is_registered and view.is_synced and not view.is_gone(instance()))
+        client = EtcdClient(other.endpoint)
+        assert len(await keys(client)) == 1
+        await client.close()
+
+
 async def test_compacted_history_leads_to_a_new_list(etcd: EtcdProcess) -> None:
     async with discovery(etcd.endpoint) as here:
         client = EtcdClient(etcd.endpoint)

@@ -14,7 +14,7 @@ import pytest
 from baton_runtime.lifecycle import LoopStallWatch, new_incarnation
 from baton_runtime.testing import wait_until
 
-SCRIPT = Path(__file__).with_name("service_under_test.py")
+SCRIPT = Path(__file__).with_name("lifecycle_child.py")
 
 
 class Child:

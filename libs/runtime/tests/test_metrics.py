@@ -77,3 +77,14 @@ async def test_advertised_host_is_used_with_our_own_port() -> None:
     assert address.startswith("localhost:")
     assert address != "localhost:1234"
     await server.close()
+
+
+async def test_connected_client_does_not_keep_the_server_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "CLOSE_LIMIT_S", 0.05)
+    server = MetricsServer(CollectorRegistry())
+    host, _, port = (await server.start("127.0.0.1:0")).rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    async with asyncio.timeout(2):
+        await server.close()
+    writer.close()
+    await writer.wait_closed()

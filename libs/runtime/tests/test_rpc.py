@@ -1,10 +1,11 @@
 import asyncio
+import time
 from typing import Any
 
 import grpc
 import pytest
 from baton_runtime.errors import ConfigError
-from baton_runtime.rpc import MESSAGE_LIMIT_BYTES, GrpcServer, advertised_address, open_channel, split_address
+from baton_runtime.rpc import MESSAGE_LIMIT_BYTES, GrpcServer, advertised_address, deadline_of, open_channel, split_address
 from baton_runtime.testing import wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -141,5 +142,38 @@ async def test_registry_is_empty_after_calls() -> None:
     channel = open_channel(await server.start())
     await asyncio.gather(*(channel.unary_unary("/baton.test/Echo")(b"x", timeout=5) for _ in range(50)))
     await wait_until(lambda: server._registry.running == 0)
+    await channel.close()
+    await server.close()
+
+
+async def test_health_watch_does_not_keep_the_server_from_closing() -> None:
+    server = GrpcServer("127.0.0.1:0")
+    channel = open_channel(await server.start())
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+    assert (await watch.read()).status == SERVING
+    async with asyncio.timeout(5):
+        await server.close(grace_s=60)
+    assert (await watch.read()).status == NOT_SERVING
+    assert await watch.read() is grpc.aio.EOF
+    await channel.close()
+
+
+async def test_deadline_of_a_call_is_what_is_left_less_a_margin() -> None:
+    seen: list[float | None] = []
+
+    async def looks(request: bytes, context: Any) -> bytes:
+        deadline = deadline_of(context, margin_s=1.0)
+        seen.append(None if deadline is None else deadline - time.monotonic())
+        return b""
+
+    server = GrpcServer("127.0.0.1:0")
+    add(server, Looks=looks)
+    channel = open_channel(await server.start())
+    method = channel.unary_unary("/baton.test/Looks")
+    await method(b"", timeout=5)
+    await method(b"")
+    assert seen[0] is not None
+    assert 3 < seen[0] < 4.5
+    assert seen[1] is None
     await channel.close()
     await server.close()

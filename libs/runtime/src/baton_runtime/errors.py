@@ -24,7 +24,6 @@ import asyncio
 import contextlib
 import inspect
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -399,12 +398,3 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 def _domain(method: str) -> str:
     """ "/baton.router.v1.RouterService/Route" -> "baton.router.v1"."""
     return method.strip("/").partition("/")[0].rpartition(".")[0]
-
-
-def deadline_of(context: Any, margin_s: float = 0.0) -> float | None:
-    """time.monotonic() at which the call served in context must be over, less a margin; None if it has no deadline.
-
-    grpc.aio does not pass deadlines on: give the rest as timeout= to every call made on behalf of this one.
-    """
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + float(remaining) - margin_s

@@ -16,6 +16,7 @@ from baton_runtime.errors import ConfigError
 from baton_runtime.rpc import advertised_address, split_address
 
 REQUEST_LIMIT_S = 5.0
+CLOSE_LIMIT_S = 0.5
 _MAX_HEAD_BYTES = 16 << 10
 
 
@@ -50,10 +51,15 @@ class MetricsServer:
 
     async def close(self) -> None:
         """Stop serving. Idempotent."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-            self._server = None
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        try:
+            async with asyncio.timeout(CLOSE_LIMIT_S):
+                await server.wait_closed()
+        except TimeoutError:
+            pass  # a client that is still connected; its own time limit ends it
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

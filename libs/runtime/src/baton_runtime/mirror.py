@@ -16,7 +16,7 @@ from baton_runtime.etcd import etcd_pb2 as pb
 from baton_runtime.etcd.client import EtcdClient, EtcdRefused, EtcdUnavailable, WatchEnded
 from baton_runtime.log import get_logger
 from baton_runtime.records import decode_record, instances_prefix, parse_key
-from baton_runtime.registration import retry_delay_s
+from baton_runtime.registration import retry_delay_s, retry_log_level
 from baton_runtime.views import InstanceKey, View
 
 # A watch that lasted this long was healthy: the next failure starts the back-off anew.
@@ -61,7 +61,7 @@ class Mirror:
             except (EtcdUnavailable, EtcdRefused, WatchEnded) as e:
                 self._set_unsynced()
                 failures = 0 if time.monotonic() - began > _HEALTHY_S else failures
-                log.log(30 if failures == 0 else 10, "discovery_not_synced", error=str(e), failures=failures + 1)
+                log.log(retry_log_level(failures), "discovery_not_synced", error=str(e), failures=failures + 1)
                 await asyncio.sleep(retry_delay_s(failures))
                 failures += 1
 

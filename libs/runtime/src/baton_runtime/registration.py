@@ -8,6 +8,7 @@ A lease lost never touches the engine: it only means that the record must be put
 """
 
 import asyncio
+import logging
 import math
 import random
 
@@ -29,6 +30,11 @@ def retry_delay_s(failures: int) -> float:
     """Delay before the next try after so many failures in a row: doubling from 0.1 s to 1 s, half of it random."""
     limit = min(RETRY_MAX_S, RETRY_MIN_S * float(1 << min(failures, 10)))
     return limit * (0.5 + random.random() / 2)
+
+
+def retry_log_level(failures: int) -> int:
+    """Level at which the next failure is worth a line: the 1st, 2nd, 4th, 8th, ... in a row warn, the others are for debugging."""
+    return logging.DEBUG if failures & (failures + 1) else logging.WARNING
 
 
 class _LeaseLost(Exception):
@@ -104,7 +110,7 @@ class EtcdRegistration:
                 failures = 0
             except (EtcdUnavailable, EtcdRefused) as e:
                 self._registered.clear()
-                log.log(30 if failures == 0 else 10, "registration_failed", error=str(e), failures=failures + 1)
+                log.log(retry_log_level(failures), "registration_failed", error=str(e), failures=failures + 1)
                 await asyncio.sleep(retry_delay_s(failures))
                 failures += 1
 
@@ -125,7 +131,7 @@ class EtcdRegistration:
             except EtcdUnavailable as e:
                 # The lease may well live on (a restarted etcd gives each its full TTL again): renew it, do not replace it.
                 self._registered.clear()
-                log.log(30 if failures == 0 else 10, "lease_renewal_failed", error=str(e), failures=failures + 1)
+                log.log(retry_log_level(failures), "lease_renewal_failed", error=str(e), failures=failures + 1)
                 await asyncio.sleep(retry_delay_s(failures))
                 failures += 1
                 self._changed.set()  # no further beat of waiting

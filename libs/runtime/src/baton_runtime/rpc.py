@@ -1,6 +1,7 @@
 """gRPC channels and servers with Baton's settings: 64 MB messages, HTTP/2 keepalive, quick reconnects, health service."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -80,11 +81,21 @@ def advertised_address(listen: str, bound_port: int, advertise: str) -> str:
     return f"{host}:{bound_port}"
 
 
+def deadline_of(context: Any, margin_s: float = 0.0) -> float | None:
+    """time.monotonic() at which the call served in context must be over, less a margin; None if it has no deadline.
+
+    grpc.aio does not pass deadlines on: give the rest as timeout= to every call made on behalf of this one.
+    """
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + float(remaining) - margin_s
+
+
 class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
     """grpc.health.v1 for the whole server (service name ""). Unlike the library's, its state is set synchronously."""
 
     def __init__(self) -> None:
         self._is_serving = False
+        self._is_closed = False
         self._changed = asyncio.Event()
 
     def set_serving(self, is_serving: bool) -> None:
@@ -92,6 +103,11 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # un
         self._is_serving = is_serving
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def close(self) -> None:
+        """Answer NOT_SERVING and end the watches, which would else keep the server from stopping."""
+        self._is_closed = True
+        self.set_serving(False)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         """The state now; NOT_FOUND for a named service."""
@@ -104,6 +120,8 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # un
         while True:
             changed = self._changed
             yield self._response() if not request.service else _status(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if self._is_closed:
+                return
             await changed.wait()
 
     def _response(self) -> health_pb2.HealthCheckResponse:
@@ -118,7 +136,8 @@ def _status(status: int) -> health_pb2.HealthCheckResponse:
 class GrpcServer:
     """A gRPC server with the error interceptor and a health service. Make it inside the running loop.
 
-    Add servicers to `.server` before `start()`. Reports SERVING from `start()` until `set_serving(False)` or `close()`.
+    Add servicers to `.server` before `start()`; see to `close()` even if `start()` is never reached.
+    Reports SERVING from `start()` until `set_serving(False)` or `close()`.
     """
 
     def __init__(self, listen: str, advertise: str = "") -> None:
@@ -136,18 +155,23 @@ class GrpcServer:
 
         Raises: ConfigError if the address cannot be bound or the advertised one would be a wildcard.
         """
-        advertised_address(self._listen, 1, self._advertise)
         try:
-            port = self.server.add_insecure_port(self._listen)
-        except RuntimeError as e:
-            port = 0
-            log.debug("bind_failed", listen=self._listen, error=str(e))
-        if port == 0:
-            raise ConfigError("listen", f"cannot bind {self._listen!r}: in use, not allowed, or not an address of this machine")
+            port = self._bind()
+        except ConfigError:
+            await self.close()
+            raise
         await self.server.start()
         self.address = advertised_address(self._listen, port, self._advertise)
         self._health.set_serving(True)
         return self.address
+
+    def _bind(self) -> int:
+        advertised_address(self._listen, 1, self._advertise)  # refuse a wildcard before anything is bound
+        try:
+            port: int = self.server.add_insecure_port(self._listen)
+        except RuntimeError as e:
+            raise ConfigError("listen", f"cannot bind {self._listen!r}: in use, not allowed, or not an address of this machine") from e
+        return port
 
     def set_serving(self, is_serving: bool) -> None:
         """Set what the health service answers; False while draining. Does not refuse calls by itself."""
@@ -161,7 +185,7 @@ class GrpcServer:
         if self._is_closed:
             return
         self._is_closed = True
-        self._health.set_serving(False)
+        self._health.close()
         await self.server.stop(grace_s)
         if not await self._registry.wait_idle(HANDLER_CLEANUP_LIMIT_S):
             log.warning("handlers_still_running", num_handlers=self._registry.running)

@@ -1,4 +1,4 @@
-"""A service for test_lifecycle.py, run as a process of its own: service_under_test.py <mode>. Prints what happens, one word per line."""
+"""A service for test_lifecycle.py, run as a process of its own: lifecycle_child.py <mode>. Prints what happens, one word per line."""
 
 import asyncio
 import sys
@@ -18,7 +18,7 @@ def say(word: str) -> None:
     sys.stdout.flush()
 
 
-class TestedService(Service):
+class ChildService(Service):
     name: ClassVar[str] = "decode"
 
     async def start(self) -> None:
@@ -53,4 +53,4 @@ class TestedService(Service):
 
 
 if __name__ == "__main__":
-    run(lambda: TestedService(load(CommonConfig, "decode")))
+    run(lambda: ChildService(load(CommonConfig, "decode")))
