@@ -73,9 +73,8 @@ class SimRunner:
         for item, state in zip(items, last_states.tolist(), strict=True):
             self._known[item.key] = (item.end, state)
         load = StepLoad.of((item.start, item.end) for item in items)
-        remaining_s = self.predict_s(load) - (self._clock() - started_at)
-        if remaining_s > 0:
-            self._sleep(remaining_s)
+        # Sleeping even for 0 s lets the event loop run between steps, as a device would: one thread must not keep the interpreter.
+        self._sleep(max(0.0, self.predict_s(load) - (self._clock() - started_at)))
         return [self._draw(item, token_id) if item.draws else None for item, token_id in zip(items, drawn, strict=True)]
 
     def forget(self, key: SequenceKey) -> None:
