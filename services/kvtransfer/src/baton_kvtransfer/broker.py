@@ -163,6 +163,11 @@ class Broker:
         """Incarnations with a stream."""
         return [incarnation for incarnation, worker in self.workers.items() if worker.broken_s is None]
 
+    def instance_id(self, incarnation: str) -> str:
+        """The stable name of a life that reports or reported; the incarnation itself if it is not known."""
+        worker = self.workers.get(incarnation)
+        return worker.record.instance_id if worker is not None else incarnation
+
     def held_bytes(self) -> tuple[int, int]:
         """Bytes pinned at sources and reserved at sinks by the books, of workers not known to be dead."""
         alive = [self.books.accounts[i] for i, worker in self.workers.items() if not worker.down]

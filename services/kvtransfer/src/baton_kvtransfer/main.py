@@ -42,7 +42,8 @@ class KvTransferService(Service):
         metrics_address = await metrics.start(c.metrics_listen)
         self.closing.push_async_callback(metrics.close)  # 3
         view = client.view(discovery.SERVICE_PREFILL, discovery.SERVICE_DECODE)
-        broker = Broker(Books(BookSpans(telemetry.tracer)), registered_incarnation=lambda record: _registered_incarnation(view, record))
+        books = Books(BookSpans(telemetry.tracer, lambda incarnation: broker.instance_id(incarnation)))
+        broker = Broker(books, registered_incarnation=lambda record: _registered_incarnation(view, record))
         BooksCollector(metrics.registry, broker)
         self._servicer = KvTransferServicer(c, broker)
         server = GrpcServer(c.listen, c.advertise)

@@ -1,5 +1,7 @@
 """The books as part of a request's trace: one span per handoff, from the source's BEGUN to its end."""
 
+from collections.abc import Callable
+
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
 from baton_runtime import semconv
 from baton_runtime.telemetry import context_from
@@ -14,8 +16,10 @@ MAX_OPEN_SPANS = 10_000
 class BookSpans:
     """Observer of the books that writes spans. Source side only: one span per handoff, below the span that began it."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, instance_id_of: Callable[[str], str]) -> None:
+        """instance_id_of: the stable name of an incarnation."""
         self._tracer = tracer
+        self._instance_id_of = instance_id_of
         self._open: dict[HandoffKey, Span] = {}
 
     def begun(self, key: HandoffKey, event: pb.HandoffEvent, incarnation: str) -> None:
@@ -27,8 +31,8 @@ class BookSpans:
             return
         span.set_attribute(semconv.BATON_REQUEST_ID, key.request_id)
         span.set_attribute(semconv.BATON_ATTEMPT, key.attempt)
-        span.set_attribute("baton.prefill.incarnation", incarnation)
-        span.set_attribute("baton.decode.incarnation", key.decode_incarnation)
+        span.set_attribute(semconv.BATON_PREFILL_INSTANCE_ID, self._instance_id_of(incarnation))
+        span.set_attribute(semconv.BATON_DECODE_INSTANCE_ID, self._instance_id_of(key.decode_incarnation))
         self._open[key] = span
 
     def ended(self, key: HandoffKey, entry: SideEntry, outcome: str) -> None:

@@ -1,0 +1,178 @@
+"""Accounts, agreement, and the difference between two counts of the same memory."""
+
+import pytest
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
+from baton_kvtransfer.books import KEEP_ENDED_S, Agreement, Books
+from baton_kvtransfer.testing import handoff_event
+
+P, D = "p1", "d1"
+BEGUN, PROGRESS, ENDED = pb.HANDOFF_EVENT_KIND_BEGUN, pb.HANDOFF_EVENT_KIND_PROGRESS, pb.HANDOFF_EVENT_KIND_ENDED
+CONFIRMED, CANCELLED = pb.HANDOFF_OUTCOME_CONFIRMED, pb.HANDOFF_OUTCOME_CANCELLED
+
+
+class Spy:
+    def __init__(self):
+        self.begun_keys, self.ends = [], []
+
+    def begun(self, key, event, incarnation):
+        self.begun_keys.append(key)
+
+    def ended(self, key, entry, outcome):
+        self.ends.append(outcome)
+
+
+@pytest.fixture
+def spy():
+    return Spy()
+
+
+@pytest.fixture
+def books(spy):
+    made = Books(spy)
+    made.open_account(P)
+    made.open_account(D)
+    return made
+
+
+def source(kind, held=0, confirmed=0, **kwargs):
+    return handoff_event(pb.SIDE_SOURCE, kind, D, D, held, confirmed, **kwargs)
+
+
+def sink(kind, held=0, confirmed=0, **kwargs):
+    return handoff_event(pb.SIDE_SINK, kind, P, D, held, confirmed, **kwargs)
+
+
+def test_held_bytes_follow_the_events(books):
+    books.apply(D, sink(BEGUN, 800), 0)
+    books.apply(P, source(PROGRESS, 300), 0)
+    books.apply(P, source(PROGRESS, 500, 100), 0)
+    assert books.accounts[D].sink_held_bytes == 800
+    assert books.accounts[P].source_held_bytes == 500
+    assert books.num_live() == 1
+    books.apply(P, source(ENDED, 0, 800, outcome=CONFIRMED), 0)
+    assert books.accounts[P].source_held_bytes == 0
+    assert books.num_live() == 1
+    books.apply(D, sink(ENDED, 0, 800, outcome=CONFIRMED), 0)
+    assert books.num_live() == 0
+
+
+def test_equal_sums_are_no_mismatch(books):
+    books.apply(P, source(BEGUN, 300), 0)
+    books.apply(P, source(BEGUN, 100, request_id="r2"), 0)
+    books.accounts[P].close_sums(pb.BooksSums(pinned_bytes=400))
+    assert books.accounts[P].mismatch_bytes == 0
+
+
+@pytest.mark.parametrize(("pinned", "reserved", "mismatch"), [(300, 0, 0), (200, 0, 100), (500, 0, 200), (300, 50, 50), (0, 10, 310)])
+def test_mismatch_is_the_sum_of_both_differences(books, pinned, reserved, mismatch):
+    books.apply(P, source(BEGUN, 300), 0)
+    books.accounts[P].close_sums(pb.BooksSums(pinned_bytes=pinned, reserved_bytes=reserved))
+    assert books.accounts[P].mismatch_bytes == mismatch
+
+
+def test_equal_confirmed_bytes_agree(books):
+    books.apply(P, source(ENDED, 0, 800, outcome=CONFIRMED), 0)
+    assert not books.agreements
+    books.apply(D, sink(ENDED, 0, 800, outcome=CONFIRMED), 0)
+    assert books.agreements[Agreement.AGREED] == 1
+
+
+def test_sink_that_counts_less_agrees_because_a_cancel_may_overtake_the_last_answer(books):
+    books.apply(D, sink(ENDED, 0, 300, outcome=CANCELLED), 0)
+    books.apply(P, source(ENDED, 0, 800, outcome=CONFIRMED), 0)
+    assert books.agreements[Agreement.AGREED] == 1
+
+
+def test_sink_that_counts_more_than_its_source_disagrees(books):
+    books.apply(D, sink(ENDED, 0, 800, outcome=CONFIRMED), 0)
+    books.apply(P, source(ENDED, 0, 700, outcome=CANCELLED), 0)
+    assert books.agreements[Agreement.DISAGREED] == 1
+
+
+def test_end_told_twice_counts_once(books, spy):
+    for _ in range(2):
+        books.apply(P, source(ENDED, 0, 800, outcome=CONFIRMED), 0)
+        books.apply(D, sink(ENDED, 0, 800, outcome=CONFIRMED), 0)
+    assert books.agreements[Agreement.AGREED] == 1
+    assert books.confirmed_bytes == 800
+    assert spy.ends == ["confirmed"]
+
+
+def test_side_that_ends_while_draining_holds_until_it_says_otherwise(books):
+    books.apply(D, sink(BEGUN, 800), 0)
+    books.apply(D, sink(ENDED, 200, outcome=CANCELLED), 0)
+    assert books.accounts[D].sink_held_bytes == 200
+    books.expire(KEEP_ENDED_S + 1)
+    books.apply(D, sink(ENDED, 0, outcome=CANCELLED), KEEP_ENDED_S + 2)
+    assert books.accounts[D].sink_held_bytes == 0
+    books.expire(3 * KEEP_ENDED_S)
+    assert not books.handoffs
+
+
+def test_only_a_sides_own_worker_may_speak_for_it(books):
+    books.open_account("p2")
+    books.apply(P, source(BEGUN, 300), 0)
+    assert not books.apply("p2", source(PROGRESS, 0), 0)
+    assert not books.apply(P, sink(BEGUN, 100), 0)
+    assert not books.apply(D, source(BEGUN, 100), 0)
+    assert books.num_malformed == 3
+    assert books.accounts[P].source_held_bytes == 300
+
+
+@pytest.mark.parametrize("changes", [{"kind": 0}, {"kind": 99}, {"side": 0}, {"side": 9}])
+def test_event_of_an_unknown_kind_or_side_is_left_out(books, changes):
+    event = source(BEGUN, 1)
+    for name, value in changes.items():
+        setattr(event, name, value)
+    assert not books.apply(P, event, 0)
+    assert not books.handoffs
+
+
+def test_snapshot_replaces_what_was_known(books, spy):
+    books.apply(P, source(BEGUN, 300), 0)
+    books.apply(P, source(BEGUN, 100, request_id="r2"), 0)
+    books.open_account(P)
+    books.apply(P, source(BEGUN, 100, request_id="r2"), 0)
+    assert books.accounts[P].source_held_bytes == 100
+    assert [key.request_id for key in books.handoffs] == ["r2"]
+    assert spy.ends == ["unknown", "unknown"]
+
+
+def test_closing_one_account_leaves_the_other_side(books):
+    books.apply(P, source(BEGUN, 300), 0)
+    books.apply(D, sink(BEGUN, 800), 0)
+    books.close_account(P)
+    assert books.accounts[D].sink_held_bytes == 800
+    (handoff,) = books.handoffs.values()
+    assert list(handoff.sides) == [pb.SIDE_SINK]
+
+
+def test_ended_handoffs_are_forgotten_after_a_minute_and_live_ones_are_not(books):
+    books.apply(P, source(ENDED, outcome=CANCELLED), 0)
+    books.apply(P, source(BEGUN, 5, request_id="r2"), 0)
+    books.apply(P, source(ENDED, outcome=CANCELLED, request_id="r3"), 0)
+    books.apply(D, sink(BEGUN, 5, request_id="r3"), 0)
+    books.expire(KEEP_ENDED_S - 1)
+    assert len(books.handoffs) == 3
+    books.expire(KEEP_ENDED_S)
+    assert {key.request_id for key in books.handoffs} == {"r2", "r3"}
+    assert len(books.accounts[P].handoffs) == 2
+    books.apply(D, sink(ENDED, request_id="r3", outcome=CANCELLED), 100)
+    books.expire(100 + KEEP_ENDED_S)
+    assert {key.request_id for key in books.handoffs} == {"r2"}
+
+
+def test_ended_handoffs_are_bounded_whatever_the_rate(books, monkeypatch):
+    monkeypatch.setattr("baton_kvtransfer.books.MAX_ENDED", 10)
+    for number in range(100):
+        books.apply(P, source(ENDED, outcome=CONFIRMED, request_id=f"r{number}"), 0)
+    books.expire(0)
+    assert len(books.handoffs) == 10
+    assert len(books.accounts[P].handoffs) == 10
+
+
+def test_attempts_are_apart(books):
+    books.apply(P, source(BEGUN, 5, attempt=1), 0)
+    books.apply(P, source(BEGUN, 7, attempt=2), 0)
+    assert books.accounts[P].source_held_bytes == 12
+    assert len(books.handoffs) == 2

@@ -1,0 +1,81 @@
+"""Who may form a pair, and what a refusal says."""
+
+import pytest
+from baton_kvtransfer.pairing import is_pair, refusal
+from baton_kvtransfer.testing import worker_record
+
+P, D = worker_record("prefill-0", "p1"), worker_record("decode-0", "d1")
+
+
+def changed(record, **changes):
+    made = type(record)()
+    made.CopyFrom(record)
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        target = made
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, name, value)
+    return made
+
+
+def test_prefill_and_decode_of_one_model_are_a_pair_both_ways_round():
+    assert is_pair(P, D)
+    assert is_pair(D, P)
+    assert refusal(P, D) == ""
+
+
+def test_two_of_a_kind_are_no_pair():
+    assert not is_pair(P, worker_record("prefill-1", "p2"))
+    assert not is_pair(D, worker_record("decode-1", "d2"))
+
+
+def test_decodes_that_prefill_for_others_are_a_pair():
+    other = worker_record("decode-1", "d2")
+    other.capabilities.extend(P.capabilities)
+    assert is_pair(D, other)
+
+
+def test_two_lives_of_one_instance_are_no_pair():
+    twin = changed(D, incarnation="d2")
+    twin.capabilities.extend(P.capabilities)
+    assert not is_pair(D, twin)
+
+
+def test_other_models_are_no_pair():
+    assert not is_pair(P, changed(D, model__fingerprint="0" * 16, model__served_name="other"))
+
+
+def test_same_name_over_other_weights_is_refused_naming_both():
+    other = changed(D, model__fingerprint="0" * 16)
+    assert is_pair(P, other)
+    assert f"fingerprint {'f' * 16} against {'0' * 16}" in refusal(P, other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("block_tokens", 32, "block_tokens 16 against 32"),
+        ("dtype", "bfloat16", "dtype float32 against bfloat16"),
+        ("num_layers", 3, "num_layers 2 against 3"),
+        ("num_kv_heads", 4, "num_kv_heads 2 against 4"),
+        ("head_dim", 16, "head_dim 8 against 16"),
+        ("num_shards", 2, "num_shards 1 against 2"),
+        ("block_bytes", 1, "block_bytes 4096 against 1"),
+    ],
+)
+def test_other_layout_is_refused_naming_both(field, value, text):
+    why = refusal(P, changed(D, **{f"layout__{field}": value}))
+    assert text in why
+    assert "prefill-0" in why
+    assert "decode-0" in why
+
+
+def test_all_differences_are_named_at_once():
+    why = refusal(P, changed(D, layout__dtype="float16", layout__block_bytes=2048))
+    assert "dtype float32 against float16; block_bytes 4096 against 2048" in why
+
+
+def test_no_common_transport_is_refused_naming_both():
+    assert refusal(worker_record("prefill-0", "p1", ("nixl",)), D).endswith("transports nixl against shm, tcp")
+    assert refusal(worker_record("prefill-0", "p1", ()), D).endswith("transports none against shm, tcp")
