@@ -92,7 +92,7 @@ class EtcdRegistration:
                 await self._client.revoke(lease)
             log.info("instance_deregistered")
         except (TimeoutError, EtcdUnavailable, EtcdRefused) as e:
-            log.warning("instance_deregister_failed", error=str(e))
+            log.warning("instance_deregister_failed", error=str(e) or f"no answer within {REVOKE_LIMIT_S} s")
 
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """Begin to hold the record. For Discovery."""
