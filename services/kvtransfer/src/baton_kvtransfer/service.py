@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
@@ -34,6 +34,7 @@ class _Stream:
     incarnation: str
     outbox: Outbox[pb.BooksResponse]
     why_closed: str = ""
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
@@ -106,13 +107,14 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         raise InvalidArgument("hello", "the stream ended before it")
 
     async def _serve(self, stream: _Stream, session: int, requests: AsyncIterator[pb.BooksRequest], context: _Context) -> None:
-        """Read and write until one of them is done; the other is then not needed."""
+        """Read and write until one of them is done or the stream is closed; a write may block as long as the worker does not read."""
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(self._read(stream, session, requests), name="books reader")
             writer = group.create_task(_write(stream.outbox, context), name="books writer")
-            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-            reader.cancel()
-            writer.cancel()
+            closed = group.create_task(stream.closed.wait(), name="books closed")
+            await asyncio.wait({reader, writer, closed}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (reader, writer, closed):
+                task.cancel()
 
     async def _read(self, stream: _Stream, session: int, requests: AsyncIterator[pb.BooksRequest]) -> None:
         async for request in requests:
@@ -151,3 +153,4 @@ async def _write(outbox: Outbox[pb.BooksResponse], context: _Context) -> None:
 def _close(stream: _Stream, why: str) -> None:
     stream.why_closed = stream.why_closed or why
     stream.outbox.close()
+    stream.closed.set()
