@@ -50,6 +50,7 @@ class Served:
     address: str
     generator: FakeGenerator
     records: Records
+    pool: WorkPool
 
     @property
     def url(self) -> str:
@@ -81,7 +82,7 @@ def serve(model_folder: Path) -> Serve:
             server = HttpServer(handlers, settings, metrics=lambda: b"up 1\n", close_timeout_s=1.0)
             address = await server.start("127.0.0.1:0")
             try:
-                yield Served(address, generator, records)
+                yield Served(address, generator, records, pool)
             finally:
                 await server.close()
 

@@ -190,7 +190,7 @@ async def test_a_slow_reader_gets_the_end_too(serve: Serve) -> None:
 async def test_a_reader_too_far_behind_is_cut_off(serve: Serve) -> None:
     async with (
         serve(is_manual=True, settings=HttpSettings(slow_reader_limit_bytes=1000)) as served,
-        paused_stream(served) as (_, writer, started, out),
+        paused_stream(served) as (_, _, started, out),
     ):
         await push_until_slow(started, lambda: out.is_slow)
         for _ in range(2000):
@@ -202,7 +202,7 @@ async def test_a_reader_too_far_behind_is_cut_off(serve: Serve) -> None:
 async def test_a_reader_that_stands_still_is_cut_off_after_a_while(serve: Serve) -> None:
     async with (
         serve(is_manual=True, settings=HttpSettings(slow_reader_timeout_s=0.05)) as served,
-        paused_stream(served) as (_, writer, started, out),
+        paused_stream(served) as (_, _, started, out),
     ):
         await push_until_slow(started, lambda: out.is_slow)
         await until(lambda: started.is_cancelled)

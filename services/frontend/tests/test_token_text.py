@@ -9,6 +9,7 @@ from baton_frontend.testing_models import (
     SAMPLE_TEXT,
     byte_fallback_tokenizer,
     byte_level_tokenizer,
+    metaspace_tokenizer,
     word_level_tokenizer,
     word_piece_tokenizer,
 )
@@ -39,6 +40,7 @@ def streamed(text: TokenText, ids: list[int], cut: int, prompt_tail: tuple[int, 
         (byte_fallback_tokenizer, "byte_fallback"),
         (word_piece_tokenizer, "probed"),
         (word_level_tokenizer, "probed"),
+        (metaspace_tokenizer, "probed"),
     ],
 )
 @pytest.mark.parametrize("cut", [1, 3, 1000])

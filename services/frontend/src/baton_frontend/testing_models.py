@@ -68,6 +68,17 @@ def word_level_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def metaspace_tokenizer() -> Tokenizer:
+    """Whole words that carry their space, as the demonstration model has them."""
+    words = ["<unk>", "<eos>", *(f"\u2581{word}" for word in ["red", "blue", "=", ";", "?", *map(str, range(10))])]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(split=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.Metaspace(split=False)
+    tokenizer.add_special_tokens(["<unk>", "<eos>"])
+    return tokenizer
+
+
 def write_model(folder: Path, tokenizer: Tokenizer, *, eos_token: str, template: str | None = CHAT_TEMPLATE) -> Path:
     """The files of a Hugging Face folder the frontend reads."""
     folder.mkdir()

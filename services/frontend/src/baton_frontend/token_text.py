@@ -256,11 +256,10 @@ def _byte_fallback(name: str) -> bytes:
 def _probe(tokenizer: Tokenizer, used: list[str | None], names: list[bytes]) -> TokenTable | None:
     """Ask the tokenizer for each token alone and after an anchor (WordPiece, Metaspace, words joined by spaces)."""
     ids = [token_id for token_id, name in enumerate(used) if name is not None]
-    anchor = next((i for i in ids if (used[i] or "").isalnum() and (used[i] or "").isascii()), None)
+    alone = tokenizer.decode_batch([[token_id] for token_id in ids], skip_special_tokens=True)
+    anchor, before = next(((i, text) for i, text in zip(ids, alone, strict=True) if text.isalnum() and text.isascii()), (None, ""))
     if anchor is None:
         return None
-    before: str = tokenizer.decode([anchor], skip_special_tokens=True)
-    alone = tokenizer.decode_batch([[token_id] for token_id in ids], skip_special_tokens=True)
     after = tokenizer.decode_batch([[anchor, token_id] for token_id in ids], skip_special_tokens=True)
     raw: list[bytes | None] = [None] * len(used)
     first: list[bytes | None] = [None] * len(used)

@@ -1,0 +1,56 @@
+"""Prompts are encoded in place or in a bounded pool."""
+
+import asyncio
+import threading
+from array import array
+
+import pytest
+from baton_frontend.tokenizer import INLINE_LIMIT_CHARS, PromptTokenizer, WorkPool
+from baton_runtime.errors import QueueFull
+from tokenizers import Tokenizer
+
+
+@pytest.mark.parametrize("text", ["hello", "hello world " * INLINE_LIMIT_CHARS])
+async def test_short_and_long_texts_give_the_tokenizers_ids(tokenizer: Tokenizer, text: str) -> None:
+    with WorkPool(num_threads=1) as pool:
+        encoded = await PromptTokenizer(tokenizer, pool).encode([text, "x"], add_special_tokens=True)
+    assert encoded == [array("I", tokenizer.encode(t).ids) for t in (text, "x")]
+
+
+async def test_stored_truncation_does_not_cut_a_prompt(tokenizer: Tokenizer) -> None:
+    cutting = Tokenizer.from_str(tokenizer.to_str())
+    cutting.enable_truncation(3)
+    cutting.enable_padding(length=50)
+    with WorkPool(num_threads=1) as pool:
+        (ids,) = await PromptTokenizer(cutting, pool).encode(["hello world and more"], add_special_tokens=False)
+    assert ids.tolist() == tokenizer.encode("hello world and more").ids
+
+
+async def test_a_full_pool_refuses_at_once_and_recovers() -> None:
+    release = threading.Event()
+    with WorkPool(num_threads=1, limit=2) as pool:
+        async with asyncio.TaskGroup() as group:
+            jobs = [group.create_task(pool.run(lambda: release.wait(10))) for _ in range(2)]
+            await asyncio.sleep(0)
+            assert pool.stats() == {"depth": 2, "limit": 2}
+            with pytest.raises(QueueFull) as refused:
+                await pool.run(lambda: True)
+            assert refused.value.retry_after_ms > 0
+            release.set()
+        assert [job.result() for job in jobs] == [True, True]
+        assert await pool.run(lambda: 5) == 5
+
+
+async def test_a_cancelled_caller_gives_its_place_back() -> None:
+    release = threading.Event()
+    with WorkPool(num_threads=1, limit=2) as pool:
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(pool.run(lambda: release.wait(10)))
+            waiting = group.create_task(pool.run(lambda: True))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            assert pool.stats()["depth"] == 1
+            release.set()
+        assert running.result()
+    assert pool.stats()["depth"] == 0
