@@ -1,5 +1,6 @@
 """Small model folders and a real HTTP server on port 0 over a FakeGenerator."""
 
+import asyncio
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -30,9 +31,10 @@ def tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(model_folder / "tokenizer.json"))
 
 
-def pytest_asyncio_loop_factories() -> dict[str, Callable[[], AbstractEventLoop]]:
-    """The loop of production: it differs where it hurts (writes on a closed transport raise)."""
-    return {"uvloop": uvloop.new_event_loop}
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], AbstractEventLoop]]:
+    """The tests of HTTP run on the loop of production: it differs where it hurts (writes on a closed transport raise)."""
+    is_http = item.path.stem.removeprefix("test_").startswith(("event_writer", "http", "openai"))
+    return {"uvloop": uvloop.new_event_loop} if is_http else {"asyncio": asyncio.new_event_loop}
 
 
 class Records(list[HttpRecord]):
