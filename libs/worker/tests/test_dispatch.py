@@ -56,7 +56,8 @@ class Rig:
         self.dispatcher.start(start)
 
     def step(self, output: StepOutput) -> None:
-        self.dispatcher.on_output(output)
+        self.dispatcher.on_started(output)
+        self.dispatcher.on_ended(output)
 
     def ended(self, reason: EndReason, **facts: object) -> None:
         self.step(self.engine.ended(KEY, reason, **facts))
@@ -74,8 +75,8 @@ def rig() -> Rig:
 def test_whole_goes_to_the_engine_and_ends_as_the_engine_says(rig: Rig) -> None:
     rig.start()
     assert rig.engine.live[KEY].work is Work.WHOLE
-    rig.now += 0.5
-    rig.step(StepOutput(step=1, started=[KEY]))
+    rig.now += 0.75
+    rig.step(StepOutput(step=1, started=[KEY], duration_s=0.25))
     rig.ended(EndReason.LENGTH, output_tokens=3, cached_tokens=4)
     usage = rig.ends[KEY].usage
     assert rig.reason == pb.FINISH_REASON_LENGTH

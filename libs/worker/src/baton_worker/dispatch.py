@@ -159,15 +159,18 @@ class Dispatcher:
 
     # ---- what happens
 
-    def on_output(self, output: StepOutput) -> None:
-        """Starts and ends of one step. To be called after the tokens of the step went to the frontends."""
+    def on_started(self, output: StepOutput) -> None:
+        """Sequences that were in a step for the first time. To be called before the tokens of the step go to the frontends."""
         for key in output.started:
             attempt = self._attempts.get(key)
             if attempt is not None and not attempt.first_step_at:
-                attempt.first_step_at = self._clock()
+                attempt.first_step_at = self._clock() - output.duration_s
                 self._metrics.queue_wait(attempt.start.request, attempt.first_step_at - attempt.accepted_at)
                 if attempt.spans is not None:
-                    attempt.spans.first_step()
+                    attempt.spans.first_step(output.duration_s)
+
+    def on_ended(self, output: StepOutput) -> None:
+        """Ends of one step. To be called after the tokens of the step went to the frontends."""
         for end in output.ends:
             self._engine_ended(end)
 
@@ -189,8 +192,9 @@ class Dispatcher:
     def fail_all(self, error: BatonError) -> None:
         """The engine is gone: what it has not ended itself ends with ENGINE_ERROR, handoffs included."""
         for key, attempt in list(self._attempts.items()):
-            self._handoffs.cancel(key.request_id, key.attempt, "ENGINE_ERROR")
+            # In this order: cancelling may report an end at once, which is then dropped.
             self._finish(key, attempt, pb.Finished(reason=pb.FINISH_REASON_ENGINE_ERROR, error=error_detail(error)))
+            self._handoffs.cancel(key.request_id, key.attempt, "ENGINE_ERROR")
 
     def _route(self, key: SequenceKey, attempt: _Attempt) -> None:
         request, peer = attempt.start.request, attempt.start.peer

@@ -25,6 +25,11 @@ class Frontends:
         return list(self._sessions.values())
 
     @property
+    def num_attached(self) -> int:
+        """Frontends with an open stream."""
+        return sum(session.stream is not None for session in self._sessions.values())
+
+    @property
     def num_live(self) -> int:
         """Sequences whose end has not come."""
         return len(self._routes)

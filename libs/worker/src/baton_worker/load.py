@@ -1,6 +1,5 @@
 """What a worker has to do and room for, in the words of the contract."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
@@ -36,14 +35,12 @@ class WorkerState:
         engine: Engine,
         dispatcher: Dispatcher,
         handoffs: HandoffCounts,
-        num_live: Callable[[], int],
     ) -> None:
         self.instance_id = instance_id
         self.incarnation = incarnation
         self._engine = engine
         self._dispatcher = dispatcher
         self._handoffs = handoffs
-        self._num_live = num_live
 
     def beat(self) -> pb.Beat:
         """Sign of life of the engine, now."""
@@ -77,7 +74,7 @@ class WorkerState:
             block_bytes=self._engine.pool.block_bytes,
             stranded_bytes=self._handoffs.stranded_bytes(),
             live_handoffs=self._handoffs.live_handoffs(),
-            live_sequences=max(self._dispatcher.num_live, self._num_live()),
+            live_sequences=self._dispatcher.num_live,
             safe_to_stop=self.is_safe_to_stop(),
         )
         self.fill_load(status.load)

@@ -50,7 +50,9 @@ class WorkerMetrics:
         Gauge(name, documentation, registry=self._registry).set_function(value)
 
     def step(self, output: StepOutput) -> None:
-        """One step was done."""
+        """One step was done. Outputs that only report ends are no steps."""
+        if not (output.prefill_tokens or output.keys):
+            return
         self._steps.inc()
         self._step_s.observe(output.duration_s)
         self._prefill_tokens.inc(output.prefill_tokens)

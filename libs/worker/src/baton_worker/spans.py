@@ -49,9 +49,9 @@ class AttemptSpans:
             semconv.BATON_PROMPT_TOKENS: start.request.num_prompt_tokens,
         }
 
-    def first_step(self) -> None:
-        """The sequence was in a step for the first time."""
-        self._first_step_ns = time.time_ns()
+    def first_step(self, ago_s: float) -> None:
+        """The sequence was in a step for the first time; the step began so long ago."""
+        self._first_step_ns = max(self._accepted_ns, time.time_ns() - int(ago_s * 1e9))
 
     def first_token(self) -> None:
         """The first token was drawn."""

@@ -180,12 +180,17 @@ class FakeHandoffs:
     """Stands for HandoffManager: remembers what it was asked for; tests say what becomes of it.
 
     refuse: raised by start_prefill and start_decode while set. A cancelled handoff ends at once if ends_cancelled.
+    num_held_blocks: what safe_to_stop looks at besides the handoffs held.
     """
 
     def __init__(self, *, ends_cancelled: bool = True) -> None:
         self.refuse: BatonError | None = None
         self.held: dict[SequenceKey, HeldHandoff] = {}
         self.cancelled: list[tuple[str, int, str]] = []
+        self.num_outputs = 0
+        self.fenced: list[str] = []
+        self.is_draining = False
+        self.num_held_blocks = 0
         self._ends_cancelled = ends_cancelled
 
     def start_prefill(self, request: EngineRequest, decode: PeerRef, traceparent: str, on_end: Callable[[HandoffEnd], None]) -> None:
@@ -205,6 +210,27 @@ class FakeHandoffs:
         self.cancelled.append((request_id, attempt, reason))
         if self._ends_cancelled and (held := self.held.pop(SequenceKey(request_id, attempt), None)) is not None:
             held.on_end(HandoffEnd(HandoffEndReason.CANCELLED))
+
+    def on_output(self, output: StepOutput) -> None:
+        self.num_outputs += 1
+
+    def fence_all(self, reason: str) -> None:
+        self.fenced.append(reason)
+
+    def set_draining(self) -> None:
+        self.is_draining = True
+
+    def live_handoffs(self) -> int:
+        return len(self.held)
+
+    def stranded_bytes(self) -> int:
+        return 0
+
+    def queued(self) -> int:
+        return len(self.held)
+
+    def safe_to_stop(self) -> bool:
+        return not self.held and not self.num_held_blocks
 
     def complete(self, key: SequenceKey, cached_tokens: int = 0, handoff_bytes: int = 0) -> None:
         """The KV is here."""

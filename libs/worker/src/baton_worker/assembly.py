@@ -1,0 +1,148 @@
+"""From settings to an engine on its memory, and to the record other services see. Blocking: called in a thread."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from baton_contracts.discovery.v1.instance_pb2 import Capability, Instance, KvLayout, Model, Service, TransportOffer
+from baton_engine.api import Engine
+from baton_engine.factory import LoadedEngine, build_engine
+from baton_engine.hf_model import memory_limit_bytes
+from baton_engine.pool import BlockLayout, KvPool
+from baton_handoff.transports import PoolMemory, Transport, make_transports, sweep_stale
+from baton_runtime.errors import ConfigError
+from baton_runtime.model_folder import ModelFolderError
+from baton_runtime.rpc import split_address
+
+from baton_worker.config import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """A loaded engine and the memory its pool lies in, which must be closed."""
+
+    loaded: LoadedEngine
+    pool: KvPool
+    memory: PoolMemory
+
+
+def load_engine(config: WorkerConfig, service: str) -> LoadedEngine:
+    """Read the model or the profile.
+
+    Raises: ConfigError naming `<service>.<setting>`: no such folder, not a model, too large, no such profile.
+    """
+    try:
+        return build_engine(
+            config.engine,
+            config.model,
+            config.profile,
+            block_tokens=config.block_tokens,
+            hash_block_tokens=config.hash_block_tokens,
+            max_batch_sequences=config.max_batch_sequences,
+            max_chunk_tokens=config.max_chunk_tokens,
+            max_waiting=config.max_waiting,
+            device=config.device,
+            num_threads=config.torch_threads or None,
+        )
+    except ModelFolderError as error:
+        raise ConfigError(f"{service}.model", str(error)) from error
+    except ConfigError as error:
+        raise _named(service, error) from error
+
+
+def allocate(config: WorkerConfig, service: str, loaded: LoadedEngine, incarnation: str) -> EngineMemory:
+    """Take the memory of the KV pool, after removing what dead workers left in shared memory.
+
+    Raises: ConfigError naming num_blocks or kv_memory_bytes if it does not fit.
+    """
+    try:
+        num_blocks = config.num_blocks or loaded.num_blocks(config.kv_memory_bytes)
+    except ConfigError as error:
+        raise _named(service, error) from error
+    needed, available = num_blocks * loaded.layout.block_bytes, memory_limit_bytes()
+    if needed > available:
+        field = "num_blocks" if config.num_blocks else "kv_memory_bytes"
+        raise ConfigError(f"{service}.{field}", f"{num_blocks} KV blocks need {_gib(needed)}, available are {_gib(available)}")
+    if "shm" in config.transports:
+        sweep_stale()
+    pool, memory = PoolMemory.allocate(num_blocks, loaded.layout, incarnation, shared="shm" in config.transports)
+    return EngineMemory(loaded, pool, memory)
+
+
+def bind_engine(made: EngineMemory, service: str) -> Engine:
+    """The engine on its memory, not yet open. Raises: ConfigError if weights and pool together do not fit."""
+    try:
+        return made.loaded.bind(made.pool)
+    except ConfigError as error:
+        raise _named(service, error) from error
+
+
+def transports_of(config: WorkerConfig, service: str, made: EngineMemory, incarnation: str) -> list[Transport]:
+    """The transports of the settings, best first, not yet open. Raises: ConfigError if none can be used."""
+    host, _ = split_address(config.advertise)
+    try:
+        return make_transports(config.transports, made.memory, made.pool, incarnation, config.transfer_listen, host)
+    except ValueError as error:
+        raise ConfigError(f"{service}.transports", str(error)) from error
+
+
+def instance_record(
+    config: WorkerConfig,
+    *,
+    service: "Service",
+    distribution: str,
+    instance_id: str,
+    incarnation: str,
+    grpc_address: str,
+    metrics_address: str,
+    loaded: LoadedEngine,
+    transports: Sequence[Transport],
+    capabilities: Sequence["Capability"],
+) -> Instance:
+    """What this worker says about itself in discovery. transports are open."""
+    info = loaded.info
+    return Instance(
+        service=service,
+        instance_id=instance_id,
+        incarnation=incarnation,
+        version=version(distribution),
+        contracts_version=version("baton-contracts"),
+        grpc_address=grpc_address,
+        metrics_address=metrics_address,
+        pid=os.getpid(),
+        zone=config.zone,
+        model=Model(
+            served_name=config.name_for_clients,
+            fingerprint=info.fingerprint,
+            path=str(config.model.resolve()) if config.model is not None else "",
+            hash_block_tokens=loaded.hash_block_tokens,
+            max_model_tokens=info.max_model_tokens,
+            vocab_size=info.vocab_size,
+        ),
+        layout=layout_message(loaded.layout),
+        transports=[TransportOffer(name=transport.name, parameters=transport.offer()) for transport in transports],
+        capabilities=capabilities,
+    )
+
+
+def layout_message(layout: BlockLayout) -> KvLayout:
+    """A layout as it travels."""
+    return KvLayout(
+        block_tokens=layout.block_tokens,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        block_bytes=layout.block_bytes,
+        num_shards=layout.num_shards,
+    )
+
+
+def _named(service: str, error: ConfigError) -> ConfigError:
+    """The same error with the service in front of the setting, as every other configuration error has it."""
+    return ConfigError(f"{service}.{error.field}", error.message.removeprefix(f"{error.field}: "))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,158 @@
+"""A worker process: settings to engine, memory, transports, servers, discovery; and back. `services/*` configure it."""
+
+import abc
+import asyncio
+import importlib.metadata
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+from baton_contracts.discovery.v1.instance_pb2 import Capability, Instance
+from baton_contracts.discovery.v1.instance_pb2 import Service as ServiceKind
+from baton_contracts.worker.v1 import handoff_service_pb2_grpc, worker_service_pb2_grpc
+from baton_engine.api import Engine
+from baton_handoff.config import HandoffConfig
+from baton_handoff.manager import HandoffManager
+from baton_handoff.transports import Transport, TransportUnavailable
+from baton_runtime.discovery import Discovery, Registration
+from baton_runtime.errors import ConfigError
+from baton_runtime.lifecycle import Service
+from baton_runtime.metrics import MetricsServer
+from baton_runtime.rpc import GrpcServer
+from baton_runtime.telemetry import Telemetry, configure_telemetry
+
+from baton_worker.assembly import EngineMemory, allocate, bind_engine, instance_record, load_engine, transports_of
+from baton_worker.config import WorkerConfig
+from baton_worker.core import WorkerCore
+
+# Streams have been ended before; what is left are calls that answer at once.
+SERVER_GRACE_S = 0.2
+
+
+class Worker(Service, abc.ABC):
+    """Base of the prefill and decode services.
+
+    kind, distribution: which service this is, and which distribution has its version.
+    """
+
+    kind: ClassVar["ServiceKind"]
+    distribution: ClassVar[str]
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self._core: WorkerCore | None = None
+        self._server: GrpcServer | None = None
+        self._registration: Registration | None = None
+        self._record = Instance()
+
+    @property
+    @abc.abstractmethod
+    def capabilities(self) -> Sequence["Capability"]:
+        """What this instance may be given."""
+
+    @property
+    def worker_config(self) -> WorkerConfig:
+        """The settings."""
+        return cast(WorkerConfig, self.config)
+
+    async def start(self) -> None:
+        """Load, serve, register. What is entered here into `closing` ends in reverse order.
+
+        Raises: ConfigError naming the setting, also if the model is missing or does not fit.
+        """
+        config = self.worker_config
+        telemetry = self._open_telemetry()
+        metrics = MetricsServer(advertise=config.advertise)
+        metrics_address = await metrics.start(config.metrics_listen)
+        self.closing.push_async_callback(metrics.close)  # 9
+        discovery = Discovery(config.etcd, config.etcd_namespace)
+        await discovery.start()
+        self.closing.push_async_callback(discovery.close)  # 8: also takes the record out, if the drain has not
+        made, engine = await self._open_engine()
+        transports = await self._open_transports(made)
+        server = self._server = GrpcServer(config.listen, config.advertise)
+        handoffs = HandoffManager(
+            engine=engine,
+            instance=lambda: self._record,
+            transports=transports,
+            telemetry=telemetry,
+            registry=metrics.registry,
+            config=HandoffConfig(
+                look_ahead_tokens=2 * config.max_chunk_tokens, max_queued=config.max_waiting, max_tickets=config.max_waiting
+            ),
+            view=discovery.view(ServiceKind.SERVICE_KVTRANSFER),
+        )
+        core = self._core = WorkerCore(
+            instance_id=self.instance_id,
+            incarnation=self.incarnation,
+            engine=engine,
+            handoffs=handoffs,
+            capabilities=self.capabilities,
+            tracer=telemetry.tracer,
+            registry=metrics.registry,
+        )
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(core.servicer, server.server)
+        handoff_service_pb2_grpc.add_HandoffServiceServicer_to_server(handoffs.servicer, server.server)
+        grpc_address = await server.start()
+        self.closing.push_async_callback(server.close, SERVER_GRACE_S)  # 4
+        self._record = instance_record(
+            config,
+            service=self.kind,
+            distribution=self.distribution,
+            instance_id=self.instance_id,
+            incarnation=self.incarnation,
+            grpc_address=grpc_address,
+            metrics_address=metrics_address,
+            loaded=made.loaded,
+            transports=transports,
+            capabilities=self.capabilities,
+        )
+        await handoffs.open()
+        self.closing.push_async_callback(handoffs.close)  # 3
+        self._run_tasks(core)  # 2
+        self.closing.callback(core.close)  # 1: streams do not end by themselves
+        self.log_ready(grpc_address=grpc_address, metrics_address=metrics_address)
+        self._registration = await discovery.register(self._record)
+
+    async def drain(self) -> None:
+        """Say so in discovery, refuse new work, finish or hand back the rest, take the record out."""
+        if self._core is None or self._server is None or self._registration is None:
+            return
+        self._record.draining = True
+        self._registration.update(self._record)
+        self._server.set_serving(False)
+        await self._core.drain(self.config.drain_grace_s)
+        await self._registration.revoke()
+
+    def _open_telemetry(self) -> Telemetry:
+        config = self.config
+        version = importlib.metadata.version(self.distribution)
+        telemetry = configure_telemetry(
+            self.name, version, self.instance_id, self.incarnation, config.otlp_endpoint, config.trace_sample_ratio
+        )
+        self.closing.push_async_callback(telemetry.close)  # 10: last, it takes the others' spans
+        return telemetry
+
+    async def _open_engine(self) -> tuple[EngineMemory, Engine]:
+        """Read weights, take memory, start the engine. Loading and warming up take seconds: in a thread."""
+        config = self.worker_config
+        loaded = await asyncio.to_thread(load_engine, config, self.name)
+        made = await asyncio.to_thread(allocate, config, self.name, loaded, self.incarnation)
+        self.closing.callback(made.memory.close)  # 7
+        engine = await asyncio.to_thread(bind_engine, made, self.name)
+        await engine.open()
+        self.closing.push_async_callback(engine.close)  # 6
+        return made, engine
+
+    async def _open_transports(self, made: EngineMemory) -> list[Transport]:
+        transports = transports_of(self.worker_config, self.name, made, self.incarnation)
+        for transport in transports:
+            try:
+                await transport.open()
+            except TransportUnavailable as error:
+                raise ConfigError(f"{self.name}.transfer_listen", str(error)) from error
+            self.closing.push_async_callback(transport.close)  # 5
+        return transports
+
+    def _run_tasks(self, core: WorkerCore) -> None:
+        for work, name in ((core.run_engine(), "engine"), (core.run_clock(), "clock"), (core.stall_watch.run(), "stall watch")):
+            self.closing.callback(self.tasks.create_task(work, name=name).cancel)
