@@ -19,7 +19,7 @@ from baton_runtime.errors import BatonError, InvalidArgument, Unavailable
 
 from baton_worker.attempts import Attempts
 from baton_worker.ends import error_end
-from baton_worker.output_log import FINISHED_FRAME_BYTES, OutputLog, columns, f32_bytes, u32_bytes
+from baton_worker.output_log import FINISHED_FRAME_BYTES, FrameColumns, OutputLog, f32_bytes, u32_bytes
 
 CONTRACT_VERSION = 1
 
@@ -303,7 +303,7 @@ class FrontendSession:
             self._control.first_token(log.key)
         log.append(token_id)
         self._dirty[log] = None
-        if not log.is_paused and log.unsent >= self._limits.ahead_tokens:
+        if log.end - log.sent >= self._limits.ahead_tokens and not log.is_paused:
             log.is_paused = True
             self._control.pause(log.key)
 
@@ -347,27 +347,32 @@ class FrontendSession:
 
     def _fill(self, frame: pb.AttachResponse, now: float) -> None:
         sent = _SentFrame(frame.frame, now)
-        parts = []
+        columns = FrameColumns()
         budget = self._limits.frame_bytes
-        while self._dirty and budget > 0:
-            log = next(iter(self._dirty))
-            count, size = log.affordable(budget)
-            if count:
-                parts.append((log.slot, log.sent, log.tokens(log.sent, log.sent + count)))
-                _add_logprobs(frame, log, count)
-                log.sent += count
+        cut: list[OutputLog] = []
+        dirty, self._dirty = self._dirty, {}
+        for log in dirty:
+            if budget <= 0:
+                self._dirty[log] = None  # the frame is full; these come first next time
+                continue
+            if log.end > log.sent:
+                count, size = log.affordable(budget)
+                if log.has_logprobs:
+                    _add_logprobs(frame, log, count)
+                columns.add(log, count)
                 sent.sent.append((log, log.sent))
-            budget -= size
-            del self._dirty[log]
-            if log.unsent:
-                self._dirty[log] = None  # the frame is full; others first next time
+                budget -= size
+            if log.is_paused:
+                self._resume_if_caught_up(log)
+            if log.end > log.sent:
+                cut.append(log)
             elif log.finished is not None:
                 frame.finished.append(log.finished)
                 log.finished_frame = frame.frame
                 sent.finished.append(log)
                 budget -= FINISHED_FRAME_BYTES
-            self._resume_if_caught_up(log)
-        frame.slots, frame.positions, frame.token_ids = columns(parts)
+        self._dirty.update(dict.fromkeys(cut))
+        columns.write_to(frame)
         self._unacked.append(sent)
 
     def _settle(self, log: OutputLog) -> None:

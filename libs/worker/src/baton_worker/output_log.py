@@ -3,7 +3,7 @@
 import sys
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import SequenceKey, TokenLogprobs
@@ -68,6 +68,11 @@ class OutputLog:
         """Tokens not sent."""
         return self.end - self.sent
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether any token here has them."""
+        return bool(self._logprobs)
+
     def append(self, token_id: int) -> None:
         """The token at position `end`."""
         self._tokens.append(token_id)
@@ -76,6 +81,10 @@ class OutputLog:
     def append_logprobs(self, logprobs: TokenLogprobs) -> None:
         """Of a token appended before or after; positions rise."""
         self._logprobs.append(logprobs)
+
+    def token(self, position: int) -> int:
+        """The token at a position."""
+        return self._tokens[position - self._first]
 
     def tokens(self, start: int, stop: int) -> "array[int]":
         """Tokens at positions [start, stop), type code "I"."""
@@ -90,7 +99,7 @@ class OutputLog:
     def affordable(self, budget_bytes: int) -> tuple[int, int]:
         """How many unsent tokens fit into budget_bytes of a frame, and their size there. At least one if the budget is positive."""
         if not self._logprobs:
-            count = max(0, min(self.unsent, -(-budget_bytes // TOKEN_FRAME_BYTES)))
+            count = min(self.end - self.sent, -(-budget_bytes // TOKEN_FRAME_BYTES))
             return count, count * TOKEN_FRAME_BYTES
         sizes = {entry.position: LOGPROBS_FRAME_BYTES + 8 * len(entry.top_token_ids) for entry in self._logprobs}
         count = size = 0
@@ -127,19 +136,30 @@ class OutputLog:
         self._logprobs = deque(entry for entry in self._logprobs if entry.position < self.end)
 
 
-def columns(parts: Sequence[tuple[int, int, "array[int]"]]) -> tuple[bytes, bytes, bytes]:
-    """The u32 columns slots, positions, token_ids of a frame, from (slot, first position, tokens) per sequence."""
-    slots, positions, token_ids = array("I"), array("I"), array("I")
-    for slot, position, tokens in parts:
-        if len(tokens) == 1:  # the common case: one step
-            slots.append(slot)
-            positions.append(position)
-            token_ids.append(tokens[0])
+class FrameColumns:
+    """The u32 columns slots, positions, token_ids of a frame while it is filled."""
+
+    __slots__ = ("_positions", "_slots", "_token_ids")
+
+    def __init__(self) -> None:
+        self._slots, self._positions, self._token_ids = array("I"), array("I"), array("I")
+
+    def add(self, log: OutputLog, count: int) -> None:
+        """The next count unsent tokens of a sequence; they count as sent from here on."""
+        position = log.sent
+        if count == 1:  # the common case: one step
+            self._slots.append(log.slot)
+            self._positions.append(position)
+            self._token_ids.append(log.token(position))
         else:
-            slots.extend([slot] * len(tokens))
-            positions.extend(range(position, position + len(tokens)))
-            token_ids.extend(tokens)
-    return u32_bytes(slots), u32_bytes(positions), u32_bytes(token_ids)
+            self._slots.extend([log.slot] * count)
+            self._positions.extend(range(position, position + count))
+            self._token_ids.extend(log.tokens(position, position + count))
+        log.sent = position + count
+
+    def write_to(self, frame: pb.AttachResponse) -> None:
+        """Put the columns into a frame."""
+        frame.slots, frame.positions, frame.token_ids = u32_bytes(self._slots), u32_bytes(self._positions), u32_bytes(self._token_ids)
 
 
 def u32_bytes(column: Iterable[int]) -> bytes:
