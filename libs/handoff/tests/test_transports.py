@@ -15,6 +15,7 @@ from baton_handoff.transports.base import MAX_OPERATION_BYTES, PullFailed, Trans
 from baton_handoff.transports.operation import merge_runs
 from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
+from baton_handoff.transports.tcp_wire import PoolBytes
 
 SOURCE, SINK, SECRET = "5" * 16, "d" * 16, bytes(range(16))
 LAYOUT = BlockLayout(num_layers=2, block_tokens=4, num_kv_heads=2, head_dim=32, dtype="float32")  # 4 KiB
@@ -175,9 +176,21 @@ async def test_queued_pull_that_is_cancelled_never_writes(workers):
 
 
 def test_runs_merge_only_where_both_sides_are_neighbours():
-    assert merge_runs([4, 5, 6, 9, 10], [0, 1, 2, 3, 7], 8) == [(4, 0, 3), (9, 3, 1), (10, 7, 1)]
-    assert merge_runs([4, 5, 6], [0, 1, 2], 2) == [(4, 0, 2), (6, 2, 1)]
-    assert merge_runs([], [], 2) == []
+    assert merge_runs(np.array([4, 5, 6, 9, 10]), np.array([0, 1, 2, 3, 7]), 8) == [(4, 0, 3), (9, 3, 1), (10, 7, 1)]
+    assert merge_runs(np.array([4, 5, 6]), np.array([0, 1, 2]), 2) == [(4, 0, 2), (6, 2, 1)]
+    assert merge_runs(np.array([3]), np.array([9]), 2) == [(3, 9, 1)]
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, BlockLayout(1, 1, 1, 3, "float16")], ids=["words", "bytes"])
+def test_checksum_finds_a_flipped_byte_and_another_order(layout):
+    pool, _ = PoolMemory.allocate(4, layout, SINK, shared=False)
+    pool.data[:] = np.arange(pool.data.size, dtype=np.uint8).reshape(pool.data.shape)
+    pool.data[2, 0] ^= 1
+    whole = PoolBytes(pool).checksum([0, 1, 2], 0)
+    assert PoolBytes(pool).checksum([2], PoolBytes(pool).checksum([0, 1], 0)) == whole
+    assert PoolBytes(pool).checksum([0, 2, 1], 0) != whole
+    pool.data[1, -1] ^= 128
+    assert PoolBytes(pool).checksum([0, 1, 2], 0) != whole
 
 
 async def test_shm_is_chosen_first_if_the_token_is_there(tmp_path):

@@ -4,48 +4,53 @@ import asyncio
 import enum
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from baton_engine.pool import KvPool
 
 from baton_handoff.transports.base import MAX_OPERATION_BYTES, PullFailed, PullStats
 
-
-class Run(NamedTuple):
-    """Blocks [source, source + num_blocks) of the peer go to own blocks [dest, dest + num_blocks)."""
-
-    source: int
-    dest: int
-    num_blocks: int
+BlockIds: TypeAlias = npt.NDArray[np.int64]
+NO_BLOCKS: BlockIds = np.empty(0, np.int64)
 
 
-def merge_runs(source_ids: Iterable[int], dest_ids: Iterable[int], max_blocks: int) -> list[Run]:
+# (source, dest, n): blocks [source, source + n) of the peer go to own blocks [dest, dest + n). A plain tuple: there is one per
+# block in the worst case, and each must cost less than the copy of a small block.
+Run: TypeAlias = tuple[int, int, int]
+
+
+def merge_runs(source_ids: BlockIds, dest_ids: BlockIds, max_blocks: int) -> list[Run]:
     """Merge pairs whose ids rise together into runs of at most max_blocks."""
-    runs: list[Run] = []
-    first_source = first_dest = length = 0
-    for source, dest in zip(source_ids, dest_ids, strict=True):
-        if 0 < length < max_blocks and source == first_source + length and dest == first_dest + length:
-            length += 1
-            continue
-        if length:
-            runs.append(Run(first_source, first_dest, length))
-        first_source, first_dest, length = source, dest, 1
-    if length:
-        runs.append(Run(first_source, first_dest, length))
-    return runs
+    is_border = (np.diff(source_ids) != 1) | (np.diff(dest_ids) != 1)
+    firsts = np.concatenate(([0], np.flatnonzero(is_border) + 1))
+    lengths = np.diff(firsts, append=len(source_ids))
+    runs: list[Run] = list(zip(source_ids[firsts].tolist(), dest_ids[firsts].tolist(), lengths.tolist(), strict=True))
+    if lengths.max() <= max_blocks:
+        return runs
+    return [
+        (source + done, dest + done, min(max_blocks, length - done))
+        for source, dest, length in runs
+        for done in range(0, length, max_blocks)
+    ]
 
 
-def check_ids(source_ids: Sequence[int], dest_ids: Sequence[int], num_source_blocks: int, pool: KvPool, transport: str) -> None:
-    """Raises: ValueError about own ids (a bug here), PullFailed about the peer's (it announced nonsense)."""
-    if len(source_ids) != len(dest_ids) or not len(source_ids):
-        raise ValueError(f"{len(source_ids)} source blocks for {len(dest_ids)} destination blocks")
-    if len(dest_ids) > 1 and len(dest_ids) * pool.block_bytes > MAX_OPERATION_BYTES:
-        raise ValueError(f"{len(dest_ids)} blocks of {pool.block_bytes} bytes are more than one operation of {MAX_OPERATION_BYTES}")
-    if not 0 <= min(dest_ids) <= max(dest_ids) < pool.num_blocks:
-        raise ValueError(f"destination block ids {min(dest_ids)}..{max(dest_ids)} in a pool of {pool.num_blocks}")
-    if not 0 <= min(source_ids) <= max(source_ids) < num_source_blocks:
-        raise PullFailed(transport, f"source block ids {min(source_ids)}..{max(source_ids)} in a pool of {num_source_blocks}")
+def checked_ids(
+    source_ids: Sequence[int], dest_ids: Sequence[int], num_source_blocks: int, pool: KvPool, transport: str
+) -> tuple[BlockIds, BlockIds]:
+    """Both as columns. Raises: ValueError about own ids (a bug here), PullFailed about the peer's (it announced nonsense)."""
+    source, dest = np.asarray(source_ids, np.int64), np.asarray(dest_ids, np.int64)
+    if source.shape != dest.shape or source.ndim != 1 or not source.size:
+        raise ValueError(f"{source.size} source blocks for {dest.size} destination blocks")
+    if dest.size > 1 and dest.size * pool.block_bytes > MAX_OPERATION_BYTES:
+        raise ValueError(f"{dest.size} blocks of {pool.block_bytes} bytes are more than one operation of {MAX_OPERATION_BYTES}")
+    if dest.min() < 0 or dest.max() >= pool.num_blocks:
+        raise ValueError(f"destination block ids {dest.min()}..{dest.max()} in a pool of {pool.num_blocks}")
+    if source.min() < 0 or source.max() >= num_source_blocks:
+        raise PullFailed(transport, f"source block ids {source.min()}..{source.max()} in a pool of {num_source_blocks}")
+    return source, dest
 
 
 class _State(enum.Enum):
@@ -62,7 +67,7 @@ class Operation:
     stopped writing.
     """
 
-    def __init__(self, source_ids: Sequence[int], dest_ids: Sequence[int]) -> None:
+    def __init__(self, source_ids: BlockIds, dest_ids: BlockIds) -> None:
         self.source_ids = source_ids
         self.dest_ids = dest_ids
         self.stopped = ""  # why it should end early

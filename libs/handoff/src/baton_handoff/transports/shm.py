@@ -22,7 +22,7 @@ from baton_engine.pool import KvPool
 from baton_runtime.log import get_logger
 
 from baton_handoff.transports.base import PeerPool, PullFailed, PullStats, TransportUnavailable
-from baton_handoff.transports.operation import Operation, check_ids, merge_runs
+from baton_handoff.transports.operation import Operation, checked_ids, merge_runs
 from baton_handoff.transports.segment import SHM_DIRECTORY, PoolMemory, SegmentMismatch, SegmentOffer, opened_segment, try_lock
 
 log = get_logger(__name__)
@@ -85,8 +85,8 @@ class ShmPeer:
 
     async def pull(self, source_block_ids: Sequence[int], dest_block_ids: Sequence[int]) -> PullStats:
         """Copy blocks; see PeerPool. Ends at the next copy's border (1 MiB) when dropped or cancelled."""
-        check_ids(source_block_ids, dest_block_ids, self.offer.num_blocks, self._transport.pool, NAME)
-        operation = Operation(source_block_ids, dest_block_ids)
+        ids = checked_ids(source_block_ids, dest_block_ids, self.offer.num_blocks, self._transport.pool, NAME)
+        operation = Operation(*ids)
         self._live.add(operation)
         try:
             return await self._transport.run(self.offer, operation)
@@ -226,7 +226,10 @@ class ShmTransport:
         for num_copies, (source_id, dest_id, num_blocks) in enumerate(runs):
             if operation.stopped:
                 return PullFailed(NAME, f"{operation.stopped} after {num_copies} of {len(runs)} copies"), 0
-            dest[dest_id : dest_id + num_blocks] = blocks[source_id : source_id + num_blocks]
+            if num_blocks == 1:
+                dest[dest_id] = blocks[source_id]  # half the price of a slice of one
+            else:
+                dest[dest_id : dest_id + num_blocks] = blocks[source_id : source_id + num_blocks]
         return len(runs), len(operation.dest_ids) * offer.block_bytes
 
     def _unmap_if_dead(self, offer: SegmentOffer) -> None:

@@ -4,13 +4,11 @@ A blocking thread per opened peer, because a thread that sleeps in recvmsg_into 
 leaves the loop alone. Nothing outside the thread writes to blocks, so an operation is over exactly when the thread says so.
 """
 
-import array
 import asyncio
 import json
 import queue
 import secrets
 import socket
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from baton_runtime.rpc import advertised_address, split_address
 
 from baton_handoff.transports import tcp_wire as wire
 from baton_handoff.transports.base import ChecksumMismatch, PeerPool, PullFailed, PullStats, TransportUnavailable
-from baton_handoff.transports.operation import Operation, check_ids
+from baton_handoff.transports.operation import NO_BLOCKS, BlockIds, Operation, checked_ids
 from baton_handoff.transports.tcp_source import TcpSource
 from baton_handoff.transports.tcp_wire import ConnectionFailed, Status, TcpConfig, Watch
 
@@ -58,7 +56,7 @@ class _Connection:
     def __init__(self, target: _Target, pool: KvPool, config: TcpConfig) -> None:
         self._target = target
         self._pool = pool
-        self._memory = wire.flat(pool)
+        self._memory = wire.PoolBytes(pool)
         self._config = config
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards what follows
@@ -132,27 +130,27 @@ class _Connection:
     def _pull(self, operation: Operation) -> int:
         self._is_answered = False
         sock = self._connected(operation)
-        if not len(operation.source_ids):
+        if not operation.source_ids.size:
             return 0  # open_peer: only the connection is asked for
         watch = Watch(self._config.silence_limit_s, self._config.operation_limit_s, operation)
         self._ask(sock, operation.source_ids, watch)
         self._is_answered = True
-        found = wire.batches(self._memory, operation.dest_ids, self._pool.block_bytes)
-        crc = 0
-        for views in found:
-            wire.receive_views(sock, views, watch)
+        batches = self._memory.batches(operation.dest_ids)
+        checksum = 0
+        for batch in batches:
+            wire.receive_views(sock, batch.views, watch)
             if self._config.checksum:
-                crc = wire.checksum(views, crc)
-        (sent_crc,) = wire.TRAILER.unpack(wire.receive(sock, wire.TRAILER.size, watch))
-        if sent_crc != crc:
-            raise ChecksumMismatch(NAME, f"CRC-32 of {len(operation.dest_ids)} blocks is {crc:08x}, sent {sent_crc:08x}")
-        return len(found)
+                checksum = self._memory.checksum(batch.block_ids, checksum)
+        (sent,) = wire.TRAILER.unpack(wire.receive(sock, wire.TRAILER.size, watch))
+        if sent != checksum:
+            raise ChecksumMismatch(NAME, f"checksum of {operation.dest_ids.size} blocks is {checksum:016x}, sent {sent:016x}")
+        return len(batches)
 
-    def _ask(self, sock: socket.socket, source_ids: Sequence[int], watch: Watch) -> None:
+    def _ask(self, sock: socket.socket, source_ids: BlockIds, watch: Watch) -> None:
         number = self._next_operation
         self._next_operation += 1
         flags = wire.FLAG_CHECKSUM if self._config.checksum else 0
-        request = wire.REQUEST.pack(wire.REQUEST_MAGIC, number, flags, len(source_ids)) + _u32(source_ids)
+        request = wire.REQUEST.pack(wire.REQUEST_MAGIC, number, flags, len(source_ids)) + source_ids.astype("<u4").tobytes()
         wire.send_views(sock, [memoryview(request)], watch)
         magic, answered, status = wire.ANSWER.unpack(wire.receive(sock, wire.ANSWER.size, watch))
         if magic != wire.ANSWER_MAGIC or answered != number:
@@ -225,12 +223,12 @@ class TcpPeer:
 
     async def pull(self, source_block_ids: Sequence[int], dest_block_ids: Sequence[int]) -> PullStats:
         """Ask and receive; see PeerPool. Ends when the socket is shut, or after 2 s of the peer's silence."""
-        check_ids(source_block_ids, dest_block_ids, self._target.num_blocks, self._transport.pool, NAME)
-        return await self._run(Operation(source_block_ids, dest_block_ids))
+        ids = checked_ids(source_block_ids, dest_block_ids, self._target.num_blocks, self._transport.pool, NAME)
+        return await self._run(Operation(*ids))
 
     async def connect(self) -> None:
         """Connect and prove the secret. Raises: PullFailed."""
-        await self._run(Operation((), ()))
+        await self._run(Operation(NO_BLOCKS, NO_BLOCKS))
 
     def drop(self) -> None:
         """Shut the socket and end the thread; see PeerPool. A later pull starts afresh."""
@@ -347,13 +345,6 @@ class TcpTransport:
         except (OSError, TimeoutError) as error:
             raise TransportUnavailable(NAME, f"cannot resolve {address}: {error}") from error
         return found[0][0], found[0][4]
-
-
-def _u32(block_ids: Sequence[int]) -> bytes:
-    packed = array.array("I", block_ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
 
 
 def _status_name(status: int) -> str:

@@ -6,16 +6,17 @@ answered NOT_PINNED, and the bytes are thrown away (docs/handoff.md, rule 3).
 
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 from baton_engine.pool import KvPool
 from baton_runtime.log import get_logger
 
 from baton_handoff.transports import tcp_wire as wire
 from baton_handoff.transports.base import MAX_OPERATION_BYTES, TransportUnavailable
+from baton_handoff.transports.operation import BlockIds
 from baton_handoff.transports.tcp_wire import ConnectionFailed, Status, TcpConfig, Watch
 
 log = get_logger(__name__)
@@ -30,7 +31,7 @@ class TcpSource:
 
     def __init__(self, pool: KvPool, incarnation: str, config: TcpConfig) -> None:
         self._pool = pool
-        self._memory = wire.flat(pool).toreadonly()
+        self._memory = wire.PoolBytes(pool)
         self._incarnation = incarnation
         self._config = config
         self._lock = threading.Lock()  # guards what follows
@@ -161,18 +162,18 @@ class TcpSource:
         if magic != wire.REQUEST_MAGIC or not 0 < num_blocks <= max(1, MAX_OPERATION_BYTES // self._pool.block_bytes):
             raise ConnectionFailed(f"a request for {num_blocks} blocks with magic {magic!r}")
         watch = Watch(self._config.silence_limit_s, self._config.operation_limit_s)
-        block_ids = struct.unpack(f"<{num_blocks}I", wire.receive(sock, 4 * num_blocks, watch))
-        is_in_range = max(block_ids) < self._pool.num_blocks
+        block_ids = np.frombuffer(wire.receive(sock, 4 * num_blocks, watch), "<u4").astype(np.int64)
+        is_in_range = bool(block_ids.max() < self._pool.num_blocks)
         head = wire.ANSWER.pack(wire.ANSWER_MAGIC, operation, Status.OK if is_in_range else Status.OUT_OF_RANGE)
         wire.send_views(sock, [memoryview(head)], watch)
         if is_in_range:
             self._send_blocks(sock, block_ids, bool(flags & wire.FLAG_CHECKSUM), watch)
         return True
 
-    def _send_blocks(self, sock: socket.socket, block_ids: tuple[int, ...], with_checksum: bool, watch: Watch) -> None:
-        crc = 0
-        for views in wire.batches(self._memory, block_ids, self._pool.block_bytes):
+    def _send_blocks(self, sock: socket.socket, block_ids: BlockIds, with_checksum: bool, watch: Watch) -> None:
+        checksum = 0
+        for batch in self._memory.batches(block_ids):
             if with_checksum:
-                crc = wire.checksum(views, crc)
-            wire.send_views(sock, views, watch)
-        wire.send_views(sock, [memoryview(wire.TRAILER.pack(crc))], watch)
+                checksum = self._memory.checksum(batch.block_ids, checksum)
+            wire.send_views(sock, batch.views, watch)
+        wire.send_views(sock, [memoryview(wire.TRAILER.pack(checksum))], watch)

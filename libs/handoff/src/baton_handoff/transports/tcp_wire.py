@@ -5,7 +5,7 @@
     source -> sink   welcome: status, proof of the pair secret (the sink's memory is written by nobody else's bytes)
     then, any number of times:
     sink -> source   request: operation, number of blocks, u32 block ids
-    source -> sink   answer: operation, status; if OK the blocks' bytes in that order and their CRC-32
+    source -> sink   answer: operation, status; if OK the blocks' bytes in that order and their checksum
 
 Little-endian. The secret itself never travels: each side proves it by HMAC-SHA256 over both nonces and the hello.
 """
@@ -14,15 +14,16 @@ import hmac
 import socket
 import struct
 import time
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
+from typing import NamedTuple
 
+import numpy as np
 from baton_engine.pool import KvPool
 
-from baton_handoff.transports.operation import Operation, merge_runs
+from baton_handoff.transports.operation import BlockIds, Operation, merge_runs
 
 MAGIC = b"BATONT01"
 NONCE_BYTES = 16
@@ -32,7 +33,7 @@ HELLO = struct.Struct("<64s64sQ16s")  # sink incarnation, source incarnation, bl
 WELCOME = struct.Struct("<I32s")  # status, mac
 REQUEST = struct.Struct("<4sQII")  # "PULL", operation, flags, number of blocks; then ids
 ANSWER = struct.Struct("<4sQI")  # "DATA", operation, status
-TRAILER = struct.Struct("<I")  # CRC-32 of the bytes, 0 if not asked for
+TRAILER = struct.Struct("<Q")  # checksum of the bytes, 0 if not asked for
 REQUEST_MAGIC, ANSWER_MAGIC = b"PULL", b"DATA"
 FLAG_CHECKSUM = 1
 
@@ -41,6 +42,8 @@ MAX_CALL_BYTES = 1 << 20
 # More made receiving slower (facts measured for the design, 64 KiB blocks).
 MAX_CALL_VIEWS = 64
 _TICK_S = 0.5
+_MASK = (1 << 64) - 1
+_CHAIN = 0x9E3779B97F4A7C15  # odd, so that no block's sum is lost; 2**64 / golden ratio, as in Fibonacci hashing
 
 
 class Status(IntEnum):
@@ -61,7 +64,7 @@ class TcpConfig:
     silence_limit_s: an operation whose peer sends nothing for so long has failed.
     operation_limit_s: an operation of at most 32 MiB that takes longer has failed, even if bytes trickle.
     connect_limit_s: limit of connecting and, again, of proving the secret.
-    checksum: ask for a CRC-32 of every operation and compare it.
+    checksum: ask for a checksum of every operation and compare it.
     max_connections: peers that may be connected to this source; one each.
     """
 
@@ -173,33 +176,47 @@ def receive(sock: socket.socket, num_bytes: int, watch: Watch) -> bytes:
     return bytes(buffer)
 
 
-def flat(pool: KvPool) -> memoryview:
-    """All bytes of a pool, block i at i * block_bytes. Raises: ValueError if its memory has gaps."""
-    if not pool.data.flags.c_contiguous:
-        raise ValueError("the pool's memory is not contiguous")
-    return pool.data.reshape(-1).data
+class Batch(NamedTuple):
+    """Blocks for one system call, in order: as views in which neighbours are merged, and by id."""
+
+    views: list[memoryview]
+    block_ids: list[int]
 
 
-def batches(memory: memoryview, block_ids: Iterable[int], block_bytes: int) -> list[list[memoryview]]:
-    """Views of the blocks in the order given, neighbours merged, in batches for one system call each."""
-    found: list[list[memoryview]] = []
-    batch_bytes = MAX_CALL_BYTES
-    ids = list(block_ids)
-    for first, _, num_blocks in merge_runs(ids, ids, max(1, MAX_CALL_BYTES // block_bytes)):
-        num_bytes = num_blocks * block_bytes
-        if batch_bytes + num_bytes > MAX_CALL_BYTES or len(found[-1]) == MAX_CALL_VIEWS:
-            found.append([])
-            batch_bytes = 0
-        found[-1].append(memory[first * block_bytes : first * block_bytes + num_bytes])
-        batch_bytes += num_bytes
-    return found
+class PoolBytes:
+    """A pool as what sockets and checksums want of it. Raises: ValueError if its memory has gaps."""
 
+    def __init__(self, pool: KvPool) -> None:
+        if not pool.data.flags.c_contiguous:
+            raise ValueError("the pool's memory is not contiguous")
+        self._block_bytes = pool.block_bytes
+        self._bytes = pool.data.reshape(-1).data
+        self._words = pool.data.view(np.uint64) if pool.block_bytes % 8 == 0 else pool.data
 
-def checksum(views: Sequence[memoryview], start: int) -> int:
-    """CRC-32 going on from start (0 at first)."""
-    for view in views:
-        start = zlib.crc32(view, start)
-    return start
+    def batches(self, block_ids: BlockIds) -> list[Batch]:
+        """The blocks in the order given."""
+        size = self._block_bytes
+        found = [Batch([], [])]
+        batch_bytes = 0
+        for first, _, num_blocks in merge_runs(block_ids, block_ids, max(1, MAX_CALL_BYTES // size)):
+            num_bytes = num_blocks * size
+            if batch_bytes and (batch_bytes + num_bytes > MAX_CALL_BYTES or len(found[-1].views) == MAX_CALL_VIEWS):
+                found.append(Batch([], []))
+                batch_bytes = 0
+            found[-1].views.append(self._bytes[first * size : first * size + num_bytes])
+            found[-1].block_ids.extend(range(first, first + num_blocks))
+            batch_bytes += num_bytes
+        return found
+
+    def checksum(self, block_ids: Sequence[int], start: int) -> int:
+        """Checksum of these blocks, going on from start (0 at first): sums of 64-bit words, chained from block to block.
+
+        It finds flipped, missing and misplaced bytes of a connection that keeps order; it is no protection from malice. CRC-32
+        halved the throughput, this takes about a third of it (bench/results).
+        """
+        for block_id in block_ids:
+            start = (start * _CHAIN + int(np.add.reduce(self._words[block_id], dtype=np.uint64))) & _MASK
+        return start
 
 
 def proof(secret: bytes, side: bytes, challenge: bytes, hello: bytes) -> bytes:
