@@ -3,14 +3,17 @@
 import contextlib
 from collections.abc import AsyncIterator
 
+import pytest
 from baton_contracts.discovery.v1.instance_pb2 import Instance, Service
 from baton_runtime.discovery import Discovery, View, ViewEvent, ViewEventKind, instance_key
+from baton_runtime.etcd import client as client_module
 from baton_runtime.etcd.client import EtcdClient
 from baton_runtime.records import encode_record, instances_prefix, record_key
-from baton_runtime.testing import EtcdProcess, free_port, wait_until
+from baton_runtime.testing import EtcdProcess, SwallowingProxy, free_port, wait_until
 
 NAMESPACE = "/baton/v1"
 PREFILL, DECODE = Service.SERVICE_PREFILL, Service.SERVICE_DECODE
+KEEPALIVE = ("grpc.keepalive_time", "grpc.keepalive_timeout", "grpc.http2.ping_timeout")
 TTL_S = 2.0  # etcd grants no less
 
 
@@ -266,3 +269,19 @@ async def test_close_takes_the_records_out(etcd: EtcdProcess) -> None:
         assert len(await keys(client)) == 1
     assert await keys(client) == []
     await client.close()
+
+
+async def test_connection_that_swallows_everything_is_noticed_and_replaced(etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-open: no packet says that the connection is dead. The keepalive is shortened from 10 s + 3 s."""
+    quick = [(name, value // 10 if name.startswith(KEEPALIVE) else value) for name, value in client_module.CHANNEL_OPTIONS]
+    monkeypatch.setattr(client_module, "CHANNEL_OPTIONS", quick)
+    async with SwallowingProxy(etcd.endpoint) as network, discovery(network.address) as here:
+        view = here.view()
+        assert await view.synced(5)
+        network.swallow()
+        direct = EtcdClient(etcd.endpoint)
+        await direct.put(record_key(NAMESPACE, instance()), encode_record(instance()))
+        await direct.close()
+        assert view.is_synced, "nothing tells it yet"
+        await wait_until(lambda: not view.is_synced, timeout_s=8)
+        await wait_until(lambda: view.is_synced and len(view.instances) == 1, timeout_s=8)

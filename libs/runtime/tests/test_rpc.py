@@ -4,12 +4,15 @@ from typing import Any
 
 import grpc
 import pytest
+from baton_runtime import rpc
 from baton_runtime.errors import ConfigError
 from baton_runtime.rpc import MESSAGE_LIMIT_BYTES, GrpcServer, advertised_address, deadline_of, open_channel, split_address
-from baton_runtime.testing import wait_until
+from baton_runtime.testing import SwallowingProxy, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+KEEPALIVE = ("grpc.keepalive_time", "grpc.keepalive_timeout", "grpc.http2.ping_timeout")
 
 
 def add(server: GrpcServer, **methods: Any) -> None:
@@ -176,4 +179,23 @@ async def test_deadline_of_a_call_is_what_is_left_less_a_margin() -> None:
     assert 3 < seen[0] < 4.5
     assert seen[1] is None
     await channel.close()
+    await server.close()
+
+
+async def test_connection_that_swallows_everything_ends_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-open, with the keepalive shortened from 10 s + 3 s: the stream fails and a new connection is made."""
+    quick = [(name, value // 10 if name.startswith(KEEPALIVE) else value) for name, value in rpc.CHANNEL_OPTIONS]
+    monkeypatch.setattr(rpc, "CHANNEL_OPTIONS", quick)
+    server = GrpcServer("127.0.0.1:0")
+    async with SwallowingProxy(await server.start()) as network:
+        channel = open_channel(network.address)
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        assert (await watch.read()).status == SERVING
+        network.swallow()
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await asyncio.wait_for(watch.read(), 8)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=5, wait_for_ready=True)).status == SERVING
+        await channel.close()
     await server.close()

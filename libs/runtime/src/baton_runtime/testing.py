@@ -1,4 +1,5 @@
-"""For tests and local runs: a real etcd as a child process, and the bad days it can have; free ports; waiting.
+"""For tests and local runs: a real etcd as a child process, and the bad days it can have; a network that
+swallows; free ports; waiting.
 
     async with EtcdProcess() as etcd:
         discovery = Discovery(etcd.endpoint, "/baton/v1")
@@ -57,6 +58,61 @@ async def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) ->
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise TimeoutError(f"not true after {timeout_s} s: {getattr(condition, '__qualname__', condition)}") from None
+
+
+class SwallowingProxy:
+    """A TCP network in front of a server that can swallow everything without closing a connection, as a lost route does.
+
+    `async with SwallowingProxy("127.0.0.1:4711") as network`: clients dial network.address.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._host, _, self._port = target.rpartition(":")
+        self._num_connections = 0
+        self._num_swallowed = 0
+        self._swallows_new = False
+        self.address = ""
+
+    def swallow(self, *, new_connections: bool = False) -> None:
+        """Let nothing pass any more on the connections that exist; with new_connections also on those to come."""
+        self._num_swallowed = self._num_connections
+        self._swallows_new = new_connections
+
+    def heal(self) -> None:
+        """Let new connections pass. The swallowed ones stay dead: bytes are missing in them."""
+        self._swallows_new = False
+        self._num_swallowed = self._num_connections
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number, self._num_connections = self._num_connections, self._num_connections + 1
+        try:
+            far_reader, far_writer = await asyncio.open_connection(self._host, int(self._port))
+        except OSError:
+            writer.close()
+            return
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._pass(number, reader, far_writer))
+                tasks.create_task(self._pass(number, far_reader, writer))
+        finally:
+            writer.close()
+            far_writer.close()
+
+    async def _pass(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                if number >= self._num_swallowed and not self._swallows_new:
+                    writer.write(data)
+                    await writer.drain()
+            writer.close()
 
 
 def find_etcd() -> Path:
