@@ -57,11 +57,13 @@ types: $(VENV)/.ready
 
 proto: $(VENV)-proto/.ready ## regenerate the stubs
 	$(VENV)-proto/bin/python proto/generate.py
+	$(VENV)-proto/bin/python libs/runtime/generate.py
 
 proto-check: $(VENV)/.ready $(VENV)-proto/.ready
 	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code
 	cd proto && ../$(BIN)/buf breaking --against $$(ls -v releases/*.binpb | tail -n 1 | sed 's|^|./|')
 	$(VENV)-proto/bin/python proto/generate.py --check
+	$(VENV)-proto/bin/python libs/runtime/generate.py --check
 
 ci: ## what continuous integration runs
 	bash .ci/run

@@ -99,5 +99,5 @@ async def test_the_model_list_and_the_errors_are_openais(client: openai.AsyncOpe
         await client.chat.completions.create(model="unknown-model", messages=[{"role": "user", "content": "x"}])
     with pytest.raises(openai.BadRequestError, match="temperature"):
         await client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": "x"}], temperature=9)
-    with pytest.raises(openai.BadRequestError, match="4096|context"):
+    with pytest.raises(openai.BadRequestError, match="4096"):
         await client.completions.create(model="test-model", prompt=[20] * 5000, max_tokens=1)

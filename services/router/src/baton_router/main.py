@@ -49,8 +49,8 @@ class RouterService(Service):
         server = GrpcServer(c.listen, c.advertise)
         servicer = RouterServicer(Placer(c, fleet, index), fleet, telemetry, RouterMetrics(metrics_server.registry, fleet, index))
         pb_grpc.add_RouterServiceServicer_to_server(servicer, server.server)
-        address = await server.start()
         self.closing.push_async_callback(server.close)  # 1: first, nobody may ask any more
+        address = await server.start()
         self.log_ready(grpc_address=address, metrics_address=metrics_address)
         self._registration = await discovery_client.register(
             discovery.Instance(
