@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from baton_frontend.chat_template import ChatTemplate, load_chat_template
 from baton_frontend.generation import ModelInfo
+from baton_frontend.openai_format import TokenNames
 from baton_frontend.token_text import TokenText, build_token_text
 from baton_frontend.tokenizer import PromptTokenizer, WorkPool
 
@@ -34,6 +35,7 @@ class LoadedModel:
 
     tokenizer: PromptTokenizer
     text: TokenText
+    names: TokenNames
     template: ChatTemplate | None
     eos_token_ids: frozenset[int]  # end the output unless ignore_eos
 
@@ -99,7 +101,7 @@ def read_model(folder: Path, vocab_size: int, pool: WorkPool) -> tuple[LoadedMod
     text, no_table = build_token_text(tokenizer, vocab_size)
     template = load_chat_template(folder, config)
     eos = _eos_token_ids(folder, config, tokenizer)
-    return LoadedModel(PromptTokenizer(tokenizer, pool), text, template, eos), no_table
+    return LoadedModel(PromptTokenizer(tokenizer, pool), text, TokenNames(text), template, eos), no_table
 
 
 def _read_json(file: Path) -> dict[str, Any]:

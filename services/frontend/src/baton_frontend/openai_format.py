@@ -7,7 +7,7 @@ concatenation. Everything is ASCII, so that no reader of lines trips over U+2028
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from baton_frontend.generation import TokenLogprob
 from baton_frontend.token_text import TokenText
@@ -42,39 +42,54 @@ class LogprobColumns:
     entries: list[TokenLogprob] = field(default_factory=list)
     text_offsets: list[int] = field(default_factory=list)  # of each token within the choice's text, in characters
 
-    def as_json(self, endpoint: Endpoint, text: TokenText) -> dict[str, object]:
-        """The form of the endpoint."""
+    def as_json(self, endpoint: Endpoint, names: "TokenNames") -> str:
+        """The form of the endpoint, as JSON."""
         if endpoint == "chat":
-            return {"content": [_chat_logprob(token, entry, text) for token, entry in zip(self.token_ids, self.entries, strict=True)]}
-        names = [_name(text, token_id) for token_id in self.token_ids]
-        return {
-            "tokens": names,
-            "token_logprobs": [finite(entry.logprob) for entry in self.entries],
-            "top_logprobs": [
-                {_name(text, token): finite(value) for token, value in zip(entry.top_token_ids, entry.top_logprobs, strict=True)}
-                for entry in self.entries
-            ],
-            "text_offset": self.text_offsets,
-        }
+            return f'{{"content":[{",".join(map(names.chat_entry, self.token_ids, self.entries))}]}}'
+        tokens = ",".join([names.name(token_id) for token_id in self.token_ids])
+        logprobs = ",".join([_number(entry.logprob) for entry in self.entries])
+        tops = ",".join(map(names.completion_tops, self.entries))
+        return f'{{"tokens":[{tokens}],"token_logprobs":[{logprobs}],"top_logprobs":[{tops}],"text_offset":{self.text_offsets}}}'
 
 
-def finite(value: float) -> float:
+def _number(value: float) -> str:
     """JSON has no infinity; OpenAI uses -9999.0 for "never"."""
-    return value if value > -9999.0 else -9999.0
+    return repr(value) if value > -9999.0 else "-9999.0"
 
 
-def _name(text: TokenText, token_id: int) -> str:
-    return text.token_bytes(token_id).decode("utf-8", "replace")
+class TokenNames:
+    """JSON of single tokens for logprobs, made at first use and kept: at most one entry per token id."""
 
+    def __init__(self, text: TokenText) -> None:
+        self._text = text
+        self._parts: dict[int, tuple[str, str]] = {}
 
-def _chat_logprob(token_id: int, entry: TokenLogprob, text: TokenText) -> dict[str, object]:
-    tops = [_one_logprob(token, value, text) for token, value in zip(entry.top_token_ids, entry.top_logprobs, strict=True)]
-    return {**_one_logprob(token_id, entry.logprob, text), "top_logprobs": tops}
+    def _of(self, token_id: int) -> tuple[str, str]:
+        parts = self._parts.get(token_id)
+        if parts is None:
+            data = self._text.token_bytes(token_id)
+            parts = self._parts[token_id] = json.dumps(data.decode("utf-8", "replace")), str(list(data))
+        return parts
 
+    def name(self, token_id: int) -> str:
+        """The token as a JSON string."""
+        return self._of(token_id)[0]
 
-def _one_logprob(token_id: int, logprob: float, text: TokenText) -> dict[str, object]:
-    data = text.token_bytes(token_id)
-    return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+    def chat_entry(self, token_id: int, entry: TokenLogprob) -> str:
+        """One element of logprobs.content."""
+        tops = ",".join([f"{{{self._fields(i, value)}}}" for i, value in zip(entry.top_token_ids, entry.top_logprobs, strict=True)])
+        return f'{{{self._fields(token_id, entry.logprob)},"top_logprobs":[{tops}]}}'
+
+    def _fields(self, token_id: int, logprob: float) -> str:
+        name, data = self._of(token_id)
+        return f'"token":{name},"logprob":{_number(logprob)},"bytes":{data}'
+
+    def completion_tops(self, entry: TokenLogprob) -> str:
+        """One element of top_logprobs. Of tokens with equal names the most likely counts."""
+        tops: dict[str, str] = {}
+        for token_id, value in zip(entry.top_token_ids, entry.top_logprobs, strict=True):
+            tops.setdefault(self.name(token_id), _number(value))
+        return f"{{{','.join([f'{name}:{value}' for name, value in tops.items()])}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +107,11 @@ class ResponseFormat:
         opening = '"delta":{"content":"' if self.endpoint == "chat" else '"text":"'
         return f'data: {self._head(".chunk")},"choices":[{{"index":{index},{opening}'.encode()
 
-    def suffix(self, logprobs: dict[str, object] | None = None, token_ids: Sequence[int] | None = None) -> bytes:
-        """End of a text chunk, from behind the escaped text."""
-        extra = "" if token_ids is None else f',"token_ids":{json.dumps(list(token_ids))}'
+    def suffix(self, logprobs: str = "null", token_ids: list[int] | None = None) -> bytes:
+        """End of a text chunk, from behind the escaped text. logprobs: JSON."""
+        extra = "" if token_ids is None else f',"token_ids":{token_ids}'
         closing = '"}' if self.endpoint == "chat" else '"'
-        return f'{closing},"logprobs":{json.dumps(logprobs)},"finish_reason":null{extra}}}]{self._usage_null()}}}\n\n'.encode()
+        return f'{closing},"logprobs":{logprobs},"finish_reason":null{extra}}}]{self._usage_null()}}}\n\n'.encode()
 
     def first_event(self, index: int, prompt_token_ids: Sequence[int] | None) -> bytes:
         """Chunk before any text: the role, and the prompt's ids if asked for. Empty if there is nothing to say."""
@@ -124,18 +139,20 @@ class ResponseFormat:
         """The chunk asked for by include_usage."""
         return f'data: {self._head(".chunk")},"choices":[],"usage":{json.dumps(usage.as_json())}}}\n\n'.encode()
 
-    def response(self, choices: list[dict[str, object]], usage: Usage, resumed: int, extra: dict[str, object]) -> bytes:
-        """A whole response."""
-        rest = json.dumps({"choices": choices, "usage": usage.as_json(), **extra, **_resumed(resumed)})
-        return f"{self._head('')},{rest[1:]}".encode()
+    def response(self, choices: Sequence[str], usage: Usage, resumed: int, extra: dict[str, object]) -> bytes:
+        """A whole response. choices: JSON of each."""
+        rest = json.dumps({"usage": usage.as_json(), **extra, **_resumed(resumed)})
+        return f'{self._head("")},"choices":[{",".join(choices)}],{rest[1:]}'.encode()
 
-    def choice(self, index: int, text: str, finish_reason: str, stop_reason: str | int | None, extra: dict[str, Any]) -> dict[str, object]:
-        """One choice of a whole response."""
-        choice: dict[str, object] = {"index": index, "logprobs": None, "finish_reason": finish_reason, **extra}
+    def choice(
+        self, index: int, text: str, finish_reason: str, stop_reason: str | int | None, extra: dict[str, object], logprobs: str
+    ) -> str:
+        """JSON of one choice of a whole response. logprobs: JSON."""
+        choice: dict[str, object] = {"index": index, "finish_reason": finish_reason, **extra}
         choice.update({"message": {"role": "assistant", "content": text}} if self.endpoint == "chat" else {"text": text})
         if stop_reason is not None:
             choice["stop_reason"] = stop_reason
-        return choice
+        return f'{{"logprobs":{logprobs},{json.dumps(choice)[1:]}'
 
     def _event(self, choices: list[dict[str, object]], extra: dict[str, object] | None = None) -> bytes:
         rest = json.dumps({"choices": choices, **(extra or {})})

@@ -226,18 +226,17 @@ class OpenAIHandlers:
         if call.failure is not None:
             raise call.failure
         form = _format(planned, call)
-        tokens = planned.loaded.text
         extra: dict[str, object] = {}
         if planned.body.return_token_ids and planned.endpoint == "chat":
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
-        choices = [sink.as_json(index, form, tokens) for index, sink in enumerate(sinks)]
+        choices = [sink.as_json(index, form, planned.loaded.names) for index, sink in enumerate(sinks)]
         body = form.response(choices, call.usage(), call.resumed(), extra)
         return web.Response(body=body, content_type="application/json", headers={"X-Request-Id": call.response_id})
 
     async def _stream(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
         sinks = [
-            StreamSink(call, generation, planned.new_text(generation), index, planned.loaded.text)
+            StreamSink(call, generation, planned.new_text(generation), index, planned.loaded.text, planned.loaded.names)
             for index, generation in enumerate(planned.generations)
         ]
         writer: EventWriter | None = None

@@ -15,7 +15,7 @@ from baton_frontend.choice_text import ChoiceText
 from baton_frontend.event_writer import EventWriter
 from baton_frontend.generation import Generation, GenerationEnd, GenerationHandle, Generator, TokenLogprob
 from baton_frontend.openai_errors import ApiError, from_baton_error
-from baton_frontend.openai_format import DONE, ResponseFormat, Usage, error_event
+from baton_frontend.openai_format import DONE, ResponseFormat, TokenNames, Usage, error_event
 from baton_frontend.token_text import TokenText, escape
 
 _RICH_TOKEN_BYTES = 100  # roughly what a held token id or log probability takes on the wire
@@ -186,29 +186,28 @@ class CollectingSink(Choice):
         self._shown.append(self.text.finish())
         self.call.note_end(self)
 
-    def as_json(self, index: int, form: ResponseFormat, tokens: TokenText) -> dict[str, object]:
-        """The finished choice."""
+    def as_json(self, index: int, form: ResponseFormat, names: TokenNames) -> str:
+        """JSON of the finished choice."""
         logprobs, token_ids = self.text.take_extras()
         extra: dict[str, object] = {}
-        if logprobs is not None:
-            extra["logprobs"] = logprobs.as_json(form.endpoint, tokens)
         if token_ids is not None:
             extra["token_ids"] = token_ids
             if form.endpoint == "completion":
                 extra["prompt_token_ids"] = self.generation.prompt_token_ids.tolist()
-        return form.choice(index, "".join(self._shown), self.finish_reason or "", self.stop_reason, extra)
+        columns = "null" if logprobs is None else logprobs.as_json(form.endpoint, names)
+        return form.choice(index, "".join(self._shown), self.finish_reason or "", self.stop_reason, extra, columns)
 
 
 class StreamSink(Choice):
     """Writes a choice as events while it grows: one event per call of on_tokens, one write per event."""
 
-    __slots__ = ("_escaped", "_form", "_has_begun", "_held", "_index", "_prefix", "_suffix", "_tokens", "_writer")
+    __slots__ = ("_escaped", "_form", "_has_begun", "_held", "_index", "_names", "_prefix", "_suffix", "_writer")
 
-    def __init__(self, call: Call, generation: Generation, text: ChoiceText, index: int, tokens: TokenText) -> None:
+    def __init__(self, call: Call, generation: Generation, text: ChoiceText, index: int, tokens: TokenText, names: TokenNames) -> None:
         """index: of the choice within the response. Call `bind` before the first token."""
         super().__init__(call, generation, text)
         self._index = index
-        self._tokens = tokens
+        self._names = names
         self._escaped = tokens.escaped
         self._held: list[bytes] = []
         self._has_begun = False
@@ -303,7 +302,7 @@ class StreamSink(Choice):
             return
         suffix = self._suffix
         if logprobs is not None or token_ids is not None:
-            suffix = self._form.suffix(None if logprobs is None else logprobs.as_json(self._form.endpoint, self._tokens), token_ids)
+            suffix = self._form.suffix("null" if logprobs is None else logprobs.as_json(self._form.endpoint, self._names), token_ids)
         if is_last:
             self._writer.queue(b"".join((self._prefix, text, suffix)))
         else:

@@ -26,6 +26,8 @@ class StopMatcher:
         """Take the next piece; returns what can be shown for sure. After a match: nothing, ever."""
         if self.matched is not None:
             return ""
+        if not self._held and self._first_characters.isdisjoint(text):
+            return text
         text = self._held + text
         end = self._find(text)
         if end is not None:
