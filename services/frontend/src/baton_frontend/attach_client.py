@@ -18,7 +18,7 @@ from baton_runtime.rpc import open_channel
 
 from baton_frontend.lanes import Lane, LaneOwner, LaneTable
 from baton_frontend.placement import Role
-from baton_frontend.stream_io import StreamBroken, is_refused, read_message, write_message
+from baton_frontend.stream_io import StreamBroken, is_refused, is_task_cancelled, read_message, write_message
 
 CONTRACT_VERSION = 1
 # A message of starts is cut here, so that a Cancel never waits behind many long prompts.
@@ -164,6 +164,8 @@ class AttachClient:
         while not self.is_gone:
             began = self._clock()
             was_attached = await self._session()
+            if is_task_cancelled():
+                return  # the session's TaskGroup may have raised a broken stream in place of the cancellation
             if was_attached:
                 retry_s = 0.0 if self._clock() - began > self._times.last_retry_s else self._times.first_retry_s
             elif await self._is_dead():

@@ -16,7 +16,7 @@ from baton_runtime.log import get_logger
 from baton_runtime.rpc import open_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton_frontend.stream_io import StreamBroken, read_message, write_message
+from baton_frontend.stream_io import StreamBroken, is_task_cancelled, read_message, write_message
 
 # Hints kept for a router that reads slowly; the oldest are dropped beyond.
 MAX_HINTS = 4096
@@ -108,6 +108,8 @@ class RouterLink:
         """Keep the stream until cancelled."""
         while True:
             was_live = await self._session()
+            if is_task_cancelled():
+                return  # as in AttachClient.run
             await asyncio.sleep(self._times.first_retry_s if was_live else self._times.retry_s)
 
     def _hint(self, hints: list[Any], hint: object) -> None:

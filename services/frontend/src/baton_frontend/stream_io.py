@@ -18,7 +18,7 @@ async def read_message(call: Any) -> Any:
     except grpc.aio.AioRpcError as error:
         raise StreamBroken(f"{error.code().name}: {error.details()}") from error
     except asyncio.CancelledError:
-        if _is_task_cancelled():
+        if is_task_cancelled():
             raise
         raise StreamBroken("call was cancelled") from None
     if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in the stubs
@@ -35,13 +35,17 @@ async def write_message(call: Any, message: Any) -> None:
     except asyncio.InvalidStateError as error:
         raise StreamBroken("call has ended") from error
     except asyncio.CancelledError:
-        if _is_task_cancelled():
+        if is_task_cancelled():
             raise
         raise StreamBroken("call was cancelled") from None
 
 
-def _is_task_cancelled() -> bool:
-    """Whether a CancelledError is this task's own; grpc.aio also raises it for a call that was cancelled."""
+def is_task_cancelled() -> bool:
+    """Whether this task is being cancelled.
+
+    grpc.aio raises CancelledError also for a call that was cancelled, and a TaskGroup whose child fails while the task is
+    cancelled raises the child's error instead: neither the presence nor the absence of CancelledError tells.
+    """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -15,6 +15,7 @@ from baton_frontend.generation import ModelInfo
 from baton_frontend.placement import Placement, Target
 
 PATH_DOWN_S = 10.0
+LATE_TICK_S = 0.25  # several ticks were missed: this process stood still
 _FLUSH_POLL_S = 0.01
 
 log = get_logger(__name__)
@@ -41,7 +42,7 @@ class Workers:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._barred: dict[tuple[str, str], float] = {}  # (prefill, decode) incarnations -> until
-        self._last_tick: float | None = None
+        self._last_tick = clock()
         self.observer: WorkersObserver | None = None
 
     # --- life
@@ -78,9 +79,9 @@ class Workers:
 
     def tick(self, now: float) -> None:
         """Judge every worker by the clock, after making good for time in which this process itself stood still. Every 50 ms."""
-        late_s = now - self._last_tick if self._last_tick is not None else 0.0
+        late_s = now - self._last_tick
         self._last_tick = now
-        if late_s > self._times.beat_s:
+        if late_s > LATE_TICK_S:
             for client in self._clients.values():
                 client.forgive(late_s)
         for client in list(self._clients.values()):
