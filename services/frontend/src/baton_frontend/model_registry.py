@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from baton_frontend.chat_template import ChatTemplate, load_chat_template
 from baton_frontend.generation import ModelInfo
 from baton_frontend.openai_format import TokenNames
+from baton_frontend.segment_cache import find_borders
 from baton_frontend.token_text import TokenText, build_token_text
 from baton_frontend.tokenizer import PromptTokenizer, WorkPool
 
@@ -101,7 +102,8 @@ def read_model(folder: Path, vocab_size: int, pool: WorkPool) -> tuple[LoadedMod
     text, no_table = build_token_text(tokenizer, vocab_size)
     template = load_chat_template(folder, config)
     eos = _eos_token_ids(folder, config, tokenizer)
-    return LoadedModel(PromptTokenizer(tokenizer, pool), text, TokenNames(text), template, eos), no_table
+    prompts = PromptTokenizer(tokenizer, pool, find_borders(tokenizer))
+    return LoadedModel(prompts, text, TokenNames(text), template, eos), no_table
 
 
 def _read_json(file: Path) -> dict[str, Any]:

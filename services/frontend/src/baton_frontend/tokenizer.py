@@ -16,6 +16,8 @@ from typing import TypeVar
 from baton_runtime.errors import QueueFull
 from tokenizers import Tokenizer
 
+from baton_frontend.segment_cache import MIN_SEGMENT_CHARS, Borders, SegmentCache
+
 INLINE_LIMIT_CHARS = 1024
 _T = TypeVar("_T")
 
@@ -65,20 +67,45 @@ class WorkPool:
 class PromptTokenizer:
     """Encodes prompts of one model."""
 
-    def __init__(self, tokenizer: Tokenizer, pool: WorkPool) -> None:
-        """tokenizer: truncation and padding stored with it are switched off: a prompt is never changed silently."""
+    def __init__(self, tokenizer: Tokenizer, pool: WorkPool, borders: Borders | None = None, cache: SegmentCache | None = None) -> None:
+        """tokenizer: truncation and padding stored with it are switched off: a prompt is never changed silently.
+
+        borders: where prompts may be cut (`find_borders`); None: they are always encoded whole.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._pool = pool
+        self._borders = borders
+        self.cache = cache if cache is not None else SegmentCache()
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list["array[int]"]:
         """Token ids of each text. add_special_tokens: as the model's tokenizer does for plain text; False after a chat template.
 
         Raises: QueueFull.
         """
-        texts = list(texts)
+        if self._borders is not None and not add_special_tokens and len(texts) == 1 and len(texts[0]) > MIN_SEGMENT_CHARS:
+            return [await self._encode_segments(texts[0], self._borders)]
+        return await self._encode_whole(list(texts), add_special_tokens)
 
+    async def _encode_segments(self, text: str, borders: Borders) -> "array[int]":
+        """Encode only what is not cached, in one batch. pieces alternate: segment, border, segment, ..."""
+        pieces = borders.pattern.split(text)
+        known = {segment: self.cache.get(segment) for segment in pieces[::2] if segment}
+        missing = [segment for segment, ids in known.items() if ids is None]
+        fresh = dict(zip(missing, await self._encode_whole(missing, False), strict=True)) if missing else {}
+        result = array("I")
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                result.append(borders.token_ids[piece])
+            elif piece:
+                ids = known[piece]
+                result.extend(fresh[piece] if ids is None else ids)
+        for segment, ids in fresh.items():
+            self.cache.put(segment, ids)
+        return result
+
+    async def _encode_whole(self, texts: list[str], add_special_tokens: bool) -> list["array[int]"]:
         def encode() -> list["array[int]"]:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
             return [array("I", encoding.ids) for encoding in encodings]
