@@ -12,6 +12,7 @@ from baton_contracts.worker.v1 import worker_service_pb2_grpc as rpc
 from baton_engine.api import SequenceKey
 from baton_runtime.rpc import GrpcServer, open_channel
 from baton_runtime.testing import wait_until
+from baton_worker import attach_service
 from baton_worker.attach_service import AttachHandler
 from baton_worker.frontends import Frontends
 from baton_worker.testing import FakeControl, FrontendModel, start_message, token_at
@@ -158,6 +159,21 @@ async def test_stream_without_a_good_hello_is_refused(rig: Rig, first: pb.Attach
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert rig.frontends.sessions == []
     call.cancel()
+
+
+async def test_client_that_says_nothing_is_refused_in_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach_service, "HELLO_LIMIT_S", 0.05)
+    call = rig.stub.Attach()
+    assert (await status_of(call)).code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_reader_stops_while_too_much_is_queued(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach_service, "MAX_QUEUED_BYTES", 1000)
+    model = FrontendModel()
+    async with rig.attached(model) as call:
+        for slot in range(30):
+            await call.write(pb.AttachRequest(starts=[start_message(slot, f"r{slot}", prompt=500)]))
+        await wait_until(lambda: len(rig.control.live) == 30)
 
 
 async def test_broken_protocol_ends_the_stream_but_not_the_sequences(rig: Rig) -> None:

@@ -7,12 +7,12 @@ from importlib.metadata import version
 
 from baton_contracts.discovery.v1.instance_pb2 import Capability, Instance, KvLayout, Model, Service, TransportOffer
 from baton_engine.api import Engine
+from baton_engine.errors import ProfileError
 from baton_engine.factory import LoadedEngine, build_engine
 from baton_engine.hf_model import memory_limit_bytes
 from baton_engine.pool import BlockLayout, KvPool
 from baton_handoff.transports import PoolMemory, Transport, make_transports, sweep_stale
 from baton_runtime.errors import ConfigError
-from baton_runtime.model_folder import ModelFolderError
 from baton_runtime.rpc import split_address
 
 from baton_worker.config import WorkerConfig
@@ -45,8 +45,9 @@ def load_engine(config: WorkerConfig, service: str) -> LoadedEngine:
             device=config.device,
             num_threads=config.torch_threads or None,
         )
-    except ModelFolderError as error:
-        raise ConfigError(f"{service}.model", str(error)) from error
+    except ProfileError as error:  # of the sim: its field is a place in a file of the profile or of the model folder
+        setting = "model" if config.model is not None and error.field.startswith(str(config.model)) else "profile"
+        raise ConfigError(f"{service}.{setting}", error.message) from error
     except ConfigError as error:
         raise _named(service, error) from error
 

@@ -7,7 +7,7 @@ one by one, so that a burst of long prompts delays neither a later Cancel nor an
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
@@ -19,8 +19,9 @@ from baton_worker.attach import FrontendSession
 from baton_worker.frontends import Frontends
 
 HELLO_LIMIT_S = 2.0
-# The reader stops reading beyond this; gRPC's own flow control then holds the frontend up.
+# The reader stops reading beyond either; gRPC's own flow control then holds the frontend up.
 MAX_QUEUED_STARTS = 4096
+MAX_QUEUED_BYTES = 64 << 20
 # After a Start of this size, or so many small ones, others get a turn on the loop.
 _LONG_START_BYTES = 16 << 10
 _STARTS_PER_TURN = 16
@@ -38,8 +39,9 @@ class AttachStream:
     def __init__(self) -> None:
         self.error: BatonError | None = None
         self.over = asyncio.Event()
-        self.starts: deque[pb.Start] = deque()
         self.starts_changed = asyncio.Event()
+        self._starts: deque[pb.Start] = deque()
+        self._queued_bytes = 0
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -51,6 +53,30 @@ class AttachStream:
         if self.error is None:
             self.error = error
         self.over.set()
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether a Start is queued."""
+        return bool(self._starts)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more should be read before some Starts were handed over."""
+        return len(self._starts) > MAX_QUEUED_STARTS or self._queued_bytes > MAX_QUEUED_BYTES
+
+    def put_starts(self, starts: Iterable[pb.Start]) -> None:
+        """Queue Starts that were read."""
+        for start in starts:
+            self._starts.append(start)
+            self._queued_bytes += len(start.token_ids)
+        self.starts_changed.set()
+
+    def take_start(self) -> pb.Start:
+        """The oldest queued Start; there must be one."""
+        start = self._starts.popleft()
+        self._queued_bytes -= len(start.token_ids)
+        self.starts_changed.set()
+        return start
 
     def rearm(self) -> None:
         """Call before looking for something to write; a wake after it is not lost."""
@@ -131,7 +157,7 @@ class AttachHandler:
             if request is EOF:
                 return session.detach(self._clock(), ClosedByFrontend("closed by the frontend"))
             self._take(session, stream, request)
-            while len(stream.starts) > MAX_QUEUED_STARTS and not stream.over.is_set():
+            while stream.is_full:
                 stream.starts_changed.clear()
                 await stream.starts_changed.wait()
 
@@ -141,19 +167,17 @@ class AttachHandler:
         except InvalidArgument as error:
             return session.detach(self._clock(), error)
         if request.starts:
-            stream.starts.extend(request.starts)
-            stream.starts_changed.set()
+            stream.put_starts(request.starts)
 
     async def _start(self, session: FrontendSession, stream: AttachStream) -> None:
         """Hand over queued Starts. Those of a stream that broke are dropped: the frontend is told UNKNOWN when it re-attaches."""
         since_turn = 0
         while session.stream is stream:
-            if not stream.starts:
+            if not stream.has_starts:
                 stream.starts_changed.clear()
                 await stream.starts_changed.wait()
                 continue
-            start = stream.starts.popleft()
-            stream.starts_changed.set()
+            start = stream.take_start()
             try:
                 session.start(start, self._clock())
             except InvalidArgument as error:

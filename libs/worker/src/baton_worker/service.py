@@ -63,7 +63,7 @@ class WorkerServicer(rpc.WorkerServiceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         """What the worker holds now."""
-        return self._state.status()
+        return self._state.status(await asyncio.to_thread(self._state.integrity_error))
 
     def _completed(self, message: pb.WatchWorkerResponse) -> pb.WatchWorkerResponse:
         message.incarnation = self._state.incarnation

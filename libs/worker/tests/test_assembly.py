@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+from baton_contracts.discovery.v1 import instance_pb2 as pb
+from baton_runtime.errors import ConfigError
+from baton_worker.assembly import EngineMemory, allocate, bind_engine, instance_record, load_engine, transports_of
+from baton_worker.config import WorkerConfig
+
+
+def test_missing_model_folder_is_a_configuration_error_naming_it(tmp_path: Path) -> None:
+    for engine in ("sim", "torch"):
+        with pytest.raises(ConfigError) as refusal:
+            load_engine(WorkerConfig(engine=engine, model=tmp_path / "none", profile="instant"), "decode")
+        assert refusal.value.field == "decode.model"
+        assert str(refusal.value).startswith(f"decode.model: {tmp_path / 'none'}")
+
+
+def test_torch_without_a_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"decode\.model"):
+        load_engine(WorkerConfig(engine="torch"), "decode")
+
+
+def test_unknown_profile_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"prefill\.profile.*instant"):
+        load_engine(WorkerConfig(profile="nope"), "prefill")
+
+
+def test_pool_larger_than_memory_is_refused_naming_the_setting_that_asked_for_it() -> None:
+    loaded = load_engine(WorkerConfig(profile="instant"), "decode")
+    with pytest.raises(ConfigError, match=r"decode\.num_blocks.*GiB"):
+        allocate(WorkerConfig(num_blocks=2_000_000_000), "decode", loaded, "i")
+    with pytest.raises(ConfigError, match=r"decode\.kv_memory_bytes"):
+        allocate(WorkerConfig(kv_memory_bytes=1 << 50), "decode", loaded, "i")
+
+
+def test_pool_smaller_than_a_block_is_refused() -> None:
+    config = WorkerConfig(profile="instant", block_tokens=1 << 16, kv_memory_bytes=1 << 16)
+    with pytest.raises(ConfigError, match=r"prefill\.kv_memory_bytes"):
+        allocate(config, "prefill", load_engine(config, "prefill"), "i")
+
+
+def test_record_says_model_layout_transports_and_capabilities(tmp_path: Path) -> None:
+    config = WorkerConfig(profile="instant", num_blocks=8, transports=("tcp",), zone="a", served_name="m")
+    loaded = load_engine(config, "decode")
+    made = allocate(config, "decode", loaded, "i" * 16)
+    engine = bind_engine(made, "decode")
+    record = record_of(config, made)
+    assert (record.model.served_name, record.model.fingerprint, record.zone) == ("m", engine.info.fingerprint, "a")
+    assert (record.layout.block_tokens, record.layout.block_bytes) == (16, made.pool.block_bytes)
+    assert record.model.hash_block_tokens == 16
+    assert list(record.capabilities) == [pb.CAPABILITY_WHOLE]
+    assert (record.version, record.contracts_version) == ("0.1.0", "0.1.0")
+    made.memory.close()
+
+
+def record_of(config: WorkerConfig, made: EngineMemory) -> pb.Instance:
+    return instance_record(
+        config,
+        service=pb.SERVICE_DECODE,
+        distribution="baton-worker",
+        instance_id="decode-0",
+        incarnation="i" * 16,
+        grpc_address="127.0.0.1:1",
+        metrics_address="127.0.0.1:2",
+        loaded=made.loaded,
+        transports=[],
+        capabilities=[pb.CAPABILITY_WHOLE],
+    )
+
+
+def test_no_transport_is_a_configuration_error() -> None:
+    config = WorkerConfig(profile="instant", num_blocks=8, transports=())
+    made = allocate(config, "decode", load_engine(config, "decode"), "i" * 16)
+    with pytest.raises(ConfigError, match=r"decode\.transports"):
+        transports_of(config, "decode", made, "i" * 16)
+    made.memory.close()
+
+
+def test_name_for_clients_falls_back_to_the_folder(tmp_path: Path) -> None:
+    assert WorkerConfig().name_for_clients == "sim"
+    assert WorkerConfig(model=tmp_path).name_for_clients == tmp_path.name
+    assert WorkerConfig(model=tmp_path, served_name="x").name_for_clients == "x"
