@@ -1,6 +1,7 @@
 """A model is loaded once, whoever asks; a folder that cannot be read is a refusal, not a crash."""
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,6 +32,19 @@ async def test_a_cancelled_first_caller_does_not_harm_the_next(model_folder: Pat
             await asyncio.sleep(0)
             first.cancel()
         assert isinstance(second.result().text, TokenTable)
+
+
+async def test_what_is_served_is_loaded_before_anyone_asks(model_folder: Path, tmp_path: Path) -> None:
+    info = model_info(model_folder)
+    missing = dataclasses.replace(info, path=str(tmp_path / "none"))
+    with WorkPool(num_threads=1) as pool:
+        registry = ModelRegistry(pool)
+        async with asyncio.TaskGroup() as group:
+            keeping = group.create_task(registry.keep_loaded(lambda: [missing, info]))
+            async with asyncio.timeout(5):
+                while registry.find(info) is None:
+                    await asyncio.sleep(0.005)
+            keeping.cancel()
 
 
 async def test_a_folder_without_tokenizer_is_unavailable(tmp_path: Path) -> None:

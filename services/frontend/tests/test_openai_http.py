@@ -272,7 +272,7 @@ async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(serve: Serv
         ({"temperature": "hot"}, "temperature"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": None}, "messages"),
         ({"model": 5}, "model"),
         ({"n": 0}, "n"),

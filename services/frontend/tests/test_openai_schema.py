@@ -53,6 +53,19 @@ def test_roles_and_parts_become_template_messages() -> None:
     ]
 
 
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    answer = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
+    assert chat(messages=[answer, {**answer, "tool_calls": []}]).messages[0].as_template_message() == {"role": "assistant", "content": "x"}
+
+
 @pytest.mark.parametrize(
     "message", [{"role": "tool", "content": "x"}, {"role": "user", "content": [{"type": "image_url"}]}, {"content": "x"}]
 )

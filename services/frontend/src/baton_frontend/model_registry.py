@@ -3,12 +3,13 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
-from baton_runtime.errors import Unavailable
+from baton_runtime.errors import BatonError, Unavailable
 from baton_runtime.log import get_logger
 from tokenizers import Tokenizer
 
@@ -22,6 +23,7 @@ from baton_frontend.tokenizer import PromptTokenizer, WorkPool
 log = get_logger(__name__)
 _RETRY_S = 10.0  # a folder that could not be read is not tried again before
 _MAX_MODELS = 16
+_PRELOAD_S = 0.5  # between two looks at what is served
 
 
 class _Key(NamedTuple):
@@ -66,6 +68,17 @@ class ModelRegistry:
             if (model := self.find(info)) is not None:
                 return model
             return await self._load(_Key(info.path, info.fingerprint, info.vocab_size), info.served_name)
+
+    async def keep_loaded(self, models: Callable[[], Sequence[ModelInfo]]) -> NoReturn:
+        """Load what is served before anyone asks for it, so that no first request waits. Runs until it is cancelled."""
+        while True:
+            for info in models():
+                if self.find(info) is None:
+                    try:
+                        await self.load(info)
+                    except BatonError as error:
+                        log.debug("model_preload_failed", model=info.served_name, reason=error.reason)  # load has logged why
+            await asyncio.sleep(_PRELOAD_S)
 
     async def _load(self, key: _Key, served_name: str) -> LoadedModel:
         refused = Unavailable(f"the frontend cannot read the tokenizer of model {served_name!r}; its log says why")

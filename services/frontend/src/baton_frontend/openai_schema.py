@@ -32,8 +32,14 @@ class Message(Struct, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    refusal: None = None
     reasoning_content: str | None = None
+
+    # Clients send an answer of ours, or of another server, back as it came.
+    refusal: Any = None
+    annotations: Any = None
+    audio: None = None
+    tool_calls: list[Any] | None = None  # only empty
+    function_call: Any = None  # only null
 
     def as_template_message(self) -> dict[str, object]:
         """As chat templates expect it: content is one text."""
@@ -293,6 +299,11 @@ def _checked(body: _B) -> _B:
         value = getattr(body, name)
         if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in neutral):
             raise invalid(name, f"{name} with this value is not supported: {fix}", "unsupported_parameter")
+    if isinstance(body, ChatBody):
+        for index, message in enumerate(body.messages):
+            if message.tool_calls or message.function_call is not None:
+                name = f"messages[{index}].{'tool_calls' if message.tool_calls else 'function_call'}"
+                raise invalid(name, f"{name}: tool calls are not supported", "unsupported_parameter")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "stream_options needs stream: true")
     return body
