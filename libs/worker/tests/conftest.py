@@ -133,6 +133,7 @@ async def running(folder: Path) -> AsyncIterator[House]:
     server = GrpcServer("127.0.0.1:0")
     rpc.add_WorkerServiceServicer_to_server(core.servicer, server.server)
     address = await server.start()
+    core.servicer.open()
     async with asyncio.TaskGroup() as tasks:
         made.engine_task = tasks.create_task(made.run_engine())
         clock = tasks.create_task(core.run_clock())

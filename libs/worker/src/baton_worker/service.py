@@ -28,7 +28,12 @@ class WorkerServicer(rpc.WorkerServiceServicer):
         self._feed = feed
         self._state = state
         self._clock = clock
+        self._is_open = False
         self._closing = asyncio.Event()
+
+    def open(self) -> None:
+        """Take frontends and routers from now on; before, the server may be up while what is behind it is not."""
+        self._is_open = True
 
     def close(self) -> None:
         """End the feeds; the sessions of Attach are ended by their owner. Idempotent."""
@@ -36,12 +41,12 @@ class WorkerServicer(rpc.WorkerServiceServicer):
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         """One frontend process."""
-        if self._closing.is_set():
-            raise Unavailable("the worker is closing")
+        self._require_open()
         await self._attach.run(context)
 
     async def WatchWorker(self, request: pb.WatchWorkerRequest, context: Any) -> None:
         """Snapshot, then deltas and load, until the router leaves or the worker closes."""
+        self._require_open()
         if self._feed.num_subscribers >= MAX_SUBSCRIBERS:
             raise Unavailable("too many feeds are open")
         changed = asyncio.Event()
@@ -64,6 +69,10 @@ class WorkerServicer(rpc.WorkerServiceServicer):
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         """What the worker holds now."""
         return self._state.status(await asyncio.to_thread(self._state.integrity_error))
+
+    def _require_open(self) -> None:
+        if not self._is_open or self._closing.is_set():
+            raise Unavailable("the worker is closing" if self._is_open else "the worker is starting")
 
     def _completed(self, message: pb.WatchWorkerResponse) -> pb.WatchWorkerResponse:
         message.incarnation = self._state.incarnation

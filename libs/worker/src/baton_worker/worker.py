@@ -109,6 +109,7 @@ class Worker(Service, abc.ABC):
         await handoffs.open()
         self.closing.push_async_callback(handoffs.close)  # 3
         self._run_tasks(core)  # 2
+        core.servicer.open()
         self.closing.callback(core.close)  # 1: streams do not end by themselves
         self.log_ready(grpc_address=grpc_address, metrics_address=metrics_address)
         self._registration = await discovery.register(self._record)
