@@ -44,6 +44,10 @@ def frame(*entries: tuple[int, int, int], finished: Sequence[int] = (), logprobs
     return pb.AttachResponse(slots=columns[0], positions=columns[1], token_ids=columns[2], finished=ends, logprobs=logprobs)
 
 
+def u32(*values: int) -> bytes:
+    return array("I", values).tobytes()
+
+
 def opened(table: LaneTable) -> tuple[Owner, Lane]:
     owner = Owner()
     return owner, table.open(owner, "r", 1, Role.DECODE)

@@ -17,6 +17,13 @@ D0, D1 = Target("decode-0", "d0", "h:3"), Target("decode-1", "d1", "h:4")
 PAIR = Placement(D0, P0)
 LIMITS = RequestLimits()
 NOW = 1000.0
+EARLY = [
+    pb.FINISH_REASON_PREEMPTED,
+    pb.FINISH_REASON_UNKNOWN,
+    pb.FINISH_REASON_STALE,
+    pb.FINISH_REASON_CANCELLED,
+    pb.FINISH_REASON_UNSPECIFIED,
+]
 
 
 def generation(max_tokens: int = 8, **fields: object) -> Generation:

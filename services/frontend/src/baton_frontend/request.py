@@ -135,7 +135,7 @@ class Request:
         if self.phase is not Phase.ROUTING or attempt != self.attempt:
             return []
         if reason == "TOO_LONG":
-            return self._fail(InvalidArgument("messages", message))
+            return self._fail(InvalidArgument("messages" if self._generation.operation == "chat" else "prompt", message))
         retry_after_s = max(retry_after_ms / 1000, self._retry_after_s)
         self._retry_after_s = 0.0
         if reason == "OVERLOADED":

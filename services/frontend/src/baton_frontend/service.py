@@ -124,9 +124,11 @@ class FrontendService(Service):
             slow_reader_limit_bytes=config.slow_reader_limit_bytes,
             slow_reader_timeout_s=config.slow_reader_timeout_s,
         )
+        registry = ModelRegistry(pool, config.model_load_timeout_s)
+        self.tasks.create_task(registry.keep_loaded(manager.models), name="models")
         handlers = OpenAIHandlers(
             manager,
-            ModelRegistry(pool, config.model_load_timeout_s),
+            registry,
             settings,
             tracer=telemetry.tracer,
             observer=metrics,

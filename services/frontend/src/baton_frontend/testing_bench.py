@@ -66,8 +66,9 @@ class RecordingSink:
 class Bench:
     """What a test holds."""
 
-    def __init__(self, manager: RequestManager, workers: Workers, routes: RouteClient) -> None:
+    def __init__(self, manager: RequestManager, workers: Workers, routes: RouteClient, registry: CollectorRegistry) -> None:
         self.manager = manager
+        self.registry = registry
         self.workers = workers
         self.routes = routes
 
@@ -108,12 +109,13 @@ async def running_bench(
     """A manager that ticks, without workers at first."""
     workers = Workers(Identity("frontend-0", "f" * 16), time.monotonic, times)
     routes = RouteClient(time.monotonic, QUICK_ROUTES)
+    registry = CollectorRegistry()
     manager = RequestManager(
         incarnation="f" * 16,
         workers=workers,
         routes=routes,
         tracer=tracer or trace.NoOpTracer(),
-        metrics=FrontendMetrics(CollectorRegistry()),
+        metrics=FrontendMetrics(registry),
         settings=settings or ManagerSettings(),
         clock=time.monotonic,
         call_later=asyncio.get_running_loop().call_later,
@@ -123,7 +125,7 @@ async def running_bench(
     holder = asyncio.get_running_loop().create_task(_hold(workers, routes, manager, is_open))
     await is_open.wait()
     try:
-        yield Bench(manager, workers, routes)
+        yield Bench(manager, workers, routes, registry)
     finally:
         manager.abort_all()
         holder.cancel()

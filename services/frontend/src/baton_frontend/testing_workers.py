@@ -20,7 +20,7 @@ from baton_contracts.worker.v1 import worker_service_pb2_grpc as worker_grpc
 from grpc.aio import EOF  # type: ignore[attr-defined]  # missing in the stubs
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-VOCAB_SIZE = 1000
+VOCAB_SIZE = 256
 
 
 def next_token(token_ids: "array[int]") -> int:
@@ -150,7 +150,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def Attach(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+    async def Attach(self, request_iterator: Any, context: Any) -> None:
         """One session."""
         hello = await context.read()
         self._on_hello(hello)
@@ -276,7 +276,7 @@ class FakeRouter(router_grpc.RouterServiceServicer):
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def Route(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+    async def Route(self, request_iterator: Any, context: Any) -> None:
         """One stream."""
         while (request := await context.read()) is not EOF:
             self.requests.append(request)
@@ -290,7 +290,7 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
     def __init__(self, router: FakeRouter) -> None:
         self._router = router
 
-    async def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:  # noqa: N802
+    async def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:
         if self._router.is_stopped:
             await asyncio.Event().wait()
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
