@@ -16,6 +16,7 @@ from baton_handoff.transports import tcp_source
 from baton_handoff.transports.segment import PoolMemory
 from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
+from baton_runtime.log import configure_logging
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
@@ -36,6 +37,7 @@ def end_after_third_batch(number: int) -> None:
 
 
 async def main() -> None:
+    configure_logging("prefill", "child", "", "error")  # stdout is the test's
     incarnation, directory, num_blocks, block_bytes, peer, secret, action = sys.argv[1:]
     layout = BlockLayout(1, 1, 1, int(block_bytes) // 8, "float32")
     pool, memory = PoolMemory.allocate(int(num_blocks), layout, incarnation, directory=Path(directory))

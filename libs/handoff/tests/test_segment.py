@@ -80,6 +80,13 @@ def test_sweep_removes_the_segment_of_a_killed_owner(tmp_path):
     assert not left.exists()
 
 
+def test_allocating_sweeps_first(allocate, tmp_path):
+    stale = tmp_path / "baton-kv-dead-00000000"
+    stale.write_bytes(b"")
+    allocate()
+    assert not stale.exists()
+
+
 def test_sweep_leaves_other_files_alone(tmp_path):
     other = tmp_path / "something-else"
     other.write_bytes(b"x")
@@ -94,7 +101,7 @@ def test_owner_whose_new_file_is_swept_before_it_is_locked_makes_another(tmp_pat
 
     def try_lock(fd, kind):
         if not swept:
-            (path,) = tmp_path.glob("baton-kv-*")
+            (path,) = tmp_path.glob("baton-kv-aaaa-*")
             swept.append(path)
             path.unlink()  # a sweeper won the race
         return real(fd, kind)

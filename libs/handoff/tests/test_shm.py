@@ -91,6 +91,18 @@ async def test_memory_of_a_dead_owner_is_given_back_after_drop(pair):
         await peer.pull([0], [0])
 
 
+async def test_memory_of_dead_owners_is_given_back_when_another_peer_is_opened(pair, tmp_path):
+    """A neighbour that was dropped while it was only stopped, and died later, is dropped by nobody any more."""
+    source, sink, memory = pair
+    await (await open_peer(sink, source)).pull([0], [0])
+    memory.close()
+    pool, other = PoolMemory.allocate(4, LAYOUT, "6" * 16, directory=tmp_path)
+    peer = await open_peer(sink, ShmTransport(other, pool, tmp_path))
+    await peer.pull([0], [0])
+    assert list(sink._mappings) == [other.offer.token]
+    other.close()
+
+
 async def test_drop_ends_a_running_copy_at_the_next_border_and_queued_ones_at_once(pair, monkeypatch):
     source, sink, _ = pair
     peer = await open_peer(sink, source)

@@ -48,7 +48,8 @@ async def test_books_of_one_handoff_balance(fleet):
 
 async def test_leak_shows_as_mismatch(fleet):
     prefill = await fleet.worker("prefill-0", "p1")
-    await prefill.send(sums=pb.BooksSums(pinned_bytes=4096))
+    for _ in range(2):
+        await prefill.send(sums=pb.BooksSums(pinned_bytes=4096))
     await fleet.until(lambda: (fleet.broker.workers.get("p1") and fleet.broker.books.accounts["p1"].mismatch_bytes) == 4096)
     books = await (await fleet.stub()).GetBooks(pb.GetBooksRequest(), timeout=5)
     assert books.mismatch_bytes == 4096

@@ -68,13 +68,19 @@ class Account:
     pinned_bytes: int = 0
     reserved_bytes: int = 0
     stranded_bytes: int = 0
-    mismatch_bytes: int = 0
+    mismatch_bytes: int = 0  # what stood for two sums in a row
+    difference_bytes: int = 0  # at the last sums
     handoffs: set[tuple[HandoffKey, int]] = field(default_factory=set)  # sides of this worker, live or not
 
     def close_sums(self, sums: pb.BooksSums) -> None:
-        """The block manager's own sums, as of the last event applied."""
+        """The block manager's own sums, as of the last event applied.
+
+        The engine's thread pins a moment before the worker's loop can tell: one difference may be that moment, a leak stays.
+        """
         self.pinned_bytes, self.reserved_bytes, self.stranded_bytes = sums.pinned_bytes, sums.reserved_bytes, sums.stranded_bytes
-        self.mismatch_bytes = abs(self.pinned_bytes - self.source_held_bytes) + abs(self.reserved_bytes - self.sink_held_bytes)
+        before = self.difference_bytes
+        self.difference_bytes = abs(self.pinned_bytes - self.source_held_bytes) + abs(self.reserved_bytes - self.sink_held_bytes)
+        self.mismatch_bytes = min(before, self.difference_bytes)
 
 
 class Observer(Protocol):

@@ -81,6 +81,8 @@ class PoolMemory:
     ) -> tuple[KvPool, "PoolMemory"]:
         """Allocate the pool, zeroed: in shared memory, else in anonymous memory with a warning that names the sizes.
 
+        Segments of dead owners are removed first.
+
         All pages are taken now, so that a full /dev/shm is an answer at the start and not SIGBUS in the middle of a step.
         """
         if num_blocks < 1:
@@ -97,6 +99,7 @@ class PoolMemory:
 
     @classmethod
     def _allocate_segment(cls, num_blocks: int, layout: BlockLayout, incarnation: str, directory: Path) -> tuple[KvPool, "PoolMemory"]:
+        sweep_stale(directory)  # first: what the dead left behind counts against the room there is
         token = secrets.token_bytes(TOKEN_BYTES)
         fd, path = _create_locked(directory, incarnation)
         try:

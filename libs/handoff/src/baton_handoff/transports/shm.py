@@ -54,6 +54,7 @@ class _Mapping:
     """One peer's segment, mapped. Used by the owner thread only."""
 
     def __init__(self, fd: int, offer: SegmentOffer) -> None:
+        self.offer = offer
         self._fd = os.dup(fd)  # for the owner's lock; same open file, so this reader holds none
         self._memory = mmap.mmap(fd, offer.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         data = np.frombuffer(self._memory, np.uint8, offer.num_blocks * offer.block_bytes, offer.offset)
@@ -175,6 +176,7 @@ class ShmTransport:
         opened = ShmPeer(self, _decode_offer(parameters))
         try:
             self._map(opened.offer)
+            self._retire_others(opened.offer)
         except (SegmentMismatch, OSError) as error:
             raise TransportUnavailable(NAME, str(error)) from error
         return opened
@@ -193,6 +195,12 @@ class ShmTransport:
     def retire(self, offer: SegmentOffer) -> None:
         """Have the owner thread give a dead owner's memory back, behind the copies queued so far."""
         self._queue.put((offer, None))
+
+    def _retire_others(self, offer: SegmentOffer) -> None:
+        with self._lock:
+            others = [mapping.offer for token, mapping in self._mappings.items() if token != offer.token]
+        for other in others:
+            self.retire(other)
 
     def _map(self, offer: SegmentOffer) -> _Mapping:
         with self._lock:
