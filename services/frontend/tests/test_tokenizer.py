@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 from baton_frontend.tokenizer import INLINE_LIMIT_CHARS, PromptTokenizer, WorkPool
-from baton_runtime.errors import QueueFull
+from baton_runtime.errors import Draining, QueueFull
 from tokenizers import Tokenizer
 
 
@@ -39,6 +39,14 @@ async def test_a_full_pool_refuses_at_once_and_recovers() -> None:
             release.set()
         assert [job.result() for job in jobs] == [True, True]
         assert await pool.run(lambda: 5) == 5
+
+
+async def test_a_closed_pool_is_draining() -> None:
+    pool = WorkPool(num_threads=1)
+    pool.close()
+    with pytest.raises(Draining):
+        await pool.run(lambda: 1)
+    assert pool.stats()["depth"] == 0
 
 
 async def test_a_cancelled_caller_gives_its_place_back() -> None:

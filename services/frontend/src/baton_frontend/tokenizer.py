@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
-from baton_runtime.errors import QueueFull
+from baton_runtime.errors import Draining, QueueFull
 from tokenizers import Tokenizer
 
 from baton_frontend.segment_cache import MIN_SEGMENT_CHARS, Borders, SegmentCache
@@ -35,17 +35,21 @@ class WorkPool:
     async def run(self, job: Callable[[], _T]) -> _T:
         """Run in a thread. Cancelling the caller drops a job that waits; one that runs goes on and its result is lost.
 
-        Raises: QueueFull.
+        Raises: QueueFull; Draining once closed.
         """
         with self._lock:
             if self._depth >= self._limit:
                 raise QueueFull(depth=self._depth, limit=self._limit, retry_after_ms=100)
             self._depth += 1
-        future = self._executor.submit(job)
+        try:
+            future = self._executor.submit(job)
+        except RuntimeError as error:  # closed
+            self._left(None)
+            raise Draining() from error
         future.add_done_callback(self._left)
         return await asyncio.wrap_future(future)
 
-    def _left(self, _: "Future[_T]") -> None:
+    def _left(self, _: "Future[_T] | None") -> None:
         with self._lock:
             self._depth -= 1
 
