@@ -189,6 +189,11 @@ class FrontendSession:
             self._settle(log)
         stream.end(error)
 
+    def detach_from(self, stream: Stream, now: float, error: BatonError) -> None:
+        """As detach, unless a newer stream has taken over meanwhile."""
+        if self._stream is stream:
+            self.detach(now, error)
+
     def fence(self, now: float) -> None:
         """Our own loop stood still: the frontend has given us up at the time it last was heard plus the limit."""
         self.detach(min(now, self._last_heard_at + self._limits.silent_s), Unavailable("the worker's loop stood still"))

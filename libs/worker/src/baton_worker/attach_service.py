@@ -13,7 +13,7 @@ from typing import Any
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_runtime.errors import BatonError, Cancelled, InvalidArgument
 from baton_runtime.log import get_logger
-from grpc.aio import EOF  # type: ignore[attr-defined]  # missing in the stubs
+from grpc.aio import EOF, BaseError  # type: ignore[attr-defined]  # missing in the stubs
 
 from baton_worker.attach import FrontendSession
 from baton_worker.frontends import Frontends
@@ -131,8 +131,7 @@ class AttachHandler:
                 for task in running:
                     task.cancel()
         finally:
-            if session.stream is stream:
-                session.detach(self._clock(), Cancelled("the stream broke"))
+            session.detach_from(stream, self._clock(), Cancelled("the stream broke"))
             reason = stream.error.message if stream.error is not None else ""
             log.info("frontend_detached", frontend=session.instance_id, num_sequences=session.num_sequences, why=reason)
         if stream.error is not None and not isinstance(stream.error, ClosedByFrontend):
@@ -150,7 +149,10 @@ class AttachHandler:
 
     async def _read(self, session: FrontendSession, stream: AttachStream, context: Any) -> None:
         while True:
-            request = await context.read()
+            try:
+                request = await context.read()
+            except BaseError as error:
+                return session.detach_from(stream, self._clock(), Cancelled(f"the stream broke: {error}"))
             self._check_stall()
             if session.stream is not stream:
                 return
@@ -194,5 +196,8 @@ class AttachHandler:
             frame = session.next_frame(self._beat(), now)
             if frame is None:
                 await stream.woken(session.beat_due_s(now))
-            else:
+                continue
+            try:
                 await context.write(frame)
+            except BaseError as error:  # grpc.aio's own, when the call ended while we wrote
+                return session.detach_from(stream, self._clock(), Cancelled(f"the stream broke: {error}"))

@@ -9,6 +9,7 @@ from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_contracts.worker.v1 import worker_service_pb2_grpc as rpc
 from baton_runtime.errors import Unavailable
 from baton_runtime.log import get_logger
+from grpc.aio import BaseError
 
 from baton_worker.attach_service import AttachHandler
 from baton_worker.cache_feed import CacheFeed
@@ -62,6 +63,8 @@ class WorkerServicer(rpc.WorkerServiceServicer):
                     await asyncio.sleep(due_in_s)  # changes gather meanwhile
                 else:
                     await self._wait(changed, due_in_s)
+        except BaseError as error:  # grpc.aio's own, when the call ended while we wrote
+            log.info("feed_broke", router=request.instance_id, error=str(error))
         finally:
             self._feed.unsubscribe(subscriber)
             log.info("feed_closed", router=request.instance_id)
