@@ -63,11 +63,19 @@ def config() -> FrontendConfig:
     return FrontendConfig(http_listen="127.0.0.1:0")
 
 
+async def start_and_close(service: FrontendService) -> None:
+    async with service.tasks:
+        try:
+            await service.start()
+        finally:
+            await service.close()
+
+
 async def complete(process: Process, **fields: object) -> tuple[int, dict[str, object]]:
     body = {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 4, "return_token_ids": True, **fields}
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"http://{process.service.http_address}/v1/completions", json=body) as response:
-            return response.status, await response.json()
+    url = f"http://{process.service.http_address}/v1/completions"
+    async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
+        return response.status, await response.json()
 
 
 async def test_answers_a_completion_and_registers(worker: FakeWorker) -> None:
@@ -118,11 +126,7 @@ async def test_port_in_use_names_the_setting() -> None:
     async with Process(config()) as process:
         second = FrontendService(FrontendConfig(http_listen=process.service.http_address), InMemoryDiscovery())
         with pytest.raises(ExceptionGroup) as failed:
-            async with second.tasks:
-                try:
-                    await second.start()
-                finally:
-                    await second.close()
+            await start_and_close(second)
         assert failed.group_contains(ConfigError, match=r"frontend\.http_listen")
 
 

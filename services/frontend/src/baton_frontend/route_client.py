@@ -224,6 +224,7 @@ class RouteClient:
         for task in self._running.values():
             task.cancel()
         self._running.clear()
+        self._links.clear()
         self._tasks = None
 
     def update(self, routers: list[instance_pb2.Instance]) -> None:
