@@ -48,12 +48,12 @@ def test_held_bytes_follow_the_events(books):
     books.apply(P, source(PROGRESS, 500, 100), 0)
     assert books.accounts[D].sink_held_bytes == 800
     assert books.accounts[P].source_held_bytes == 500
-    assert books.num_live() == 1
+    assert len(books.live) == 1
     books.apply(P, source(ENDED, 0, 800, outcome=CONFIRMED), 0)
     assert books.accounts[P].source_held_bytes == 0
-    assert books.num_live() == 1
+    assert len(books.live) == 1
     books.apply(D, sink(ENDED, 0, 800, outcome=CONFIRMED), 0)
-    assert books.num_live() == 0
+    assert not books.live
 
 
 def test_equal_sums_are_no_mismatch(books):
@@ -158,6 +158,10 @@ def test_closing_one_account_leaves_the_other_side(books):
     assert books.accounts[D].sink_held_bytes == 800
     (handoff,) = books.handoffs.values()
     assert list(handoff.sides) == [pb.SIDE_SINK]
+    assert books.live == {handoff.key}
+    books.close_account(D)
+    assert not books.live
+    assert not books.handoffs
 
 
 def test_ended_handoffs_are_forgotten_after_a_minute_and_live_ones_are_not(books):

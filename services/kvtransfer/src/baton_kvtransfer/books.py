@@ -99,6 +99,7 @@ class Books:
     def __init__(self, observer: Observer) -> None:
         self.accounts: dict[str, Account] = {}
         self.handoffs: dict[HandoffKey, Handoff] = {}
+        self.live: set[HandoffKey] = set()  # of handoffs not over on a known side: few, while ended ones stay for a minute
         self.agreements: Counter[Agreement] = Counter()
         self.events: Counter[tuple[int, int]] = Counter()  # (side, kind)
         self.outcomes: Counter[tuple[int, int]] = Counter()  # (side, outcome) of ended sides
@@ -118,6 +119,7 @@ class Books:
         for key, side in account.handoffs if account is not None else ():
             handoff = self.handoffs[key]
             entry = handoff.sides.pop(side)
+            self._note_if_over(handoff)
             if side == pb.SIDE_SOURCE and not entry.is_ended:
                 self._observer.ended(key, entry, "unknown")
             if not handoff.sides:
@@ -158,10 +160,6 @@ class Books:
             else:
                 self._drop(handoff)
 
-    def num_live(self) -> int:
-        """Handoffs not over on both sides."""
-        return sum(handoff.is_live for handoff in self.handoffs.values())
-
     def _may_speak(self, incarnation: str, key: HandoffKey, side: int) -> bool:
         """Whether nobody else spoke for this side before."""
         handoff = self.handoffs.get(key)
@@ -174,6 +172,7 @@ class Books:
         if entry is None:
             entry = handoff.sides[event.side] = SideEntry(incarnation, event.peer_incarnation)
             account.handoffs.add((key, event.side))
+            self.live.add(key)
             if event.side == pb.SIDE_SOURCE:
                 self._observer.begun(key, event, incarnation)
         return entry
@@ -190,7 +189,12 @@ class Books:
         if source is not None and sink is not None and source.is_ended and sink.is_ended:
             handoff.agreement = Agreement.AGREED if sink.confirmed_bytes <= source.confirmed_bytes else Agreement.DISAGREED
             self.agreements[handoff.agreement] += 1
+        self._note_if_over(handoff)
         self._ended.append((now_s, key))
+
+    def _note_if_over(self, handoff: Handoff) -> None:
+        if not handoff.is_live:
+            self.live.discard(handoff.key)
 
     def _drop(self, handoff: Handoff) -> None:
         del self.handoffs[handoff.key]

@@ -183,10 +183,8 @@ class Broker:
 
     def num_live(self) -> int:
         """Handoffs with a side that is not over at a worker not known to be dead."""
-        return sum(
-            any(not side.is_ended and not self.workers[side.incarnation].down for side in handoff.sides.values())
-            for handoff in self.books.handoffs.values()
-        )
+        live = (self.books.handoffs[key].sides.values() for key in self.books.live)
+        return sum(any(not side.is_ended and not self.workers[side.incarnation].down for side in sides) for sides in live)
 
     def _counts(self, worker: Worker, now_s: float) -> bool:
         if worker.broken_s is None:
