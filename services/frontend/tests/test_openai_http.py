@@ -71,6 +71,14 @@ async def test_chat_answers_with_text_and_usage(serve: Serve, tokenizer: Tokeniz
     assert "baton" not in answer
 
 
+async def test_a_chat_of_many_messages_is_answered(serve: Serve) -> None:
+    async with serve(max_model_tokens=10_000) as served:
+        status, _, _ = await post(served.url, {**CHAT, "messages": CHAT["messages"] * 300})
+        refused, answer, _ = await post(served.url, {**CHAT, "messages": CHAT["messages"] * 5000})
+    assert (status, refused, answer["error"]["code"]) == (200, 400, "context_length_exceeded")
+    assert len(served.generator.started[0].generation.prompt_token_ids) > 900
+
+
 async def test_a_streamed_chat_has_the_same_text_and_ends_with_usage(serve: Serve) -> None:
     async with serve() as served:
         _, whole, _ = await post(served.url, CHAT)

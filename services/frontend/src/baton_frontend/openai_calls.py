@@ -3,8 +3,9 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from baton_frontend.chat_template import TemplateRefused
+from baton_frontend.chat_template import ChatTemplate, TemplateRefused
 from baton_frontend.choice_text import ChoiceText
 from baton_frontend.generation import Generation, ModelInfo
 from baton_frontend.model_registry import LoadedModel
@@ -13,6 +14,7 @@ from baton_frontend.openai_format import Endpoint
 from baton_frontend.openai_schema import CallBody, ChatBody, CompletionBody
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+INLINE_MESSAGES = 200  # longer chats are rendered in a thread: a message costs some us
 _PROMPT_TAIL_TOKENS = 8
 
 
@@ -49,16 +51,21 @@ async def plan_chat(body: ChatBody, info: ModelInfo, loaded: LoadedModel, max_ge
         raise ApiError(
             400, f"model {info.served_name!r} has no chat template; use /v1/completions", param="model", code="chat_template_missing"
         )
+    render = partial(_render, body, loaded.template)
     try:
-        text = loaded.template.render(
-            [message.as_template_message() for message in body.messages],
-            add_generation_prompt=body.add_generation_prompt is not False,
-            variables=body.chat_template_kwargs or {},
-        )
+        text = render() if len(body.messages) <= INLINE_MESSAGES else await loaded.tokenizer.pool.run(render)
     except TemplateRefused as error:
         raise invalid("messages", f"the model's chat template refused the messages: {error}") from error
     prompts = await loaded.tokenizer.encode([text], add_special_tokens=False)
     return _plan("chat", body, info, loaded, prompts, max_generations)
+
+
+def _render(body: ChatBody, template: ChatTemplate) -> str:
+    return template.render(
+        [message.as_template_message() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt is not False,
+        variables=body.chat_template_kwargs or {},
+    )
 
 
 async def plan_completion(body: CompletionBody, info: ModelInfo, loaded: LoadedModel, max_generations: int) -> PlannedCall:

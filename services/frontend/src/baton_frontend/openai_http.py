@@ -50,7 +50,7 @@ class HttpRecord:
     route: str
     started_at: float
     model: str = ""  # served name, empty if none was found
-    status: int = CLIENT_CLOSED_REQUEST
+    status: int = 500  # stays so only if a handler has a bug
     is_stream: bool = False
     error_code: str | None = None  # also set if a stream that began with 200 ended with an error event
     prepared_at: float | None = None  # parsed, rendered, tokenized
@@ -172,6 +172,9 @@ class OpenAIHandlers:
             refusal = error if isinstance(error, ApiError) else from_baton_error(error)
             record.status, record.error_code = refusal.status, refusal.code
             return error_response(refusal)
+        except (asyncio.CancelledError, ConnectionError):
+            record.status = CLIENT_CLOSED_REQUEST
+            raise
         finally:
             record.ended_at = time.monotonic()
             span.set_attribute(semconv.HTTP_RESPONSE_STATUS_CODE, record.status)
@@ -312,6 +315,8 @@ async def openai_error_middleware(request: web.Request, handler: Handler) -> web
         return await handler(request)
     except web.HTTPException as error:
         return _http_error(request, error)
+    except ConnectionError:  # the client is gone: aiohttp knows what to do
+        raise
     except Exception:  # the outermost handler: nothing leaks, the log has it
         error_id = secrets.token_hex(8)
         log.exception("http_handler_failed", path=request.path, error_id=error_id)

@@ -79,7 +79,7 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._pool = pool
+        self.pool = pool
         self._borders = borders
         self.cache = cache if cache is not None else SegmentCache()
 
@@ -116,4 +116,4 @@ class PromptTokenizer:
 
         if sum(map(len, texts)) <= INLINE_LIMIT_CHARS:
             return encode()
-        return await self._pool.run(encode)
+        return await self.pool.run(encode)
