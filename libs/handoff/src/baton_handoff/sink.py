@@ -248,7 +248,9 @@ class SinkBook:
             return Accepted(stone.num_blocks)  # all was cached here, and the answer was lost
         if begin.key.decode_incarnation != self._shape.incarnation or self._tombstones.is_older(begin.key):
             return Refused("STALE")
-        if stone is not None or self._tombstones.is_over(begin.key):
+        if stone is not None:
+            return Refused(stone.refusal)
+        if self._tombstones.is_over(begin.key):
             return Refused("CANCELLED")
         if begin.num_blocks > self._total_blocks:
             return Refused("TOO_LARGE")

@@ -5,6 +5,7 @@ import sys
 from array import array
 from dataclasses import dataclass
 
+from baton_contracts.discovery.v1.instance_pb2 import KvLayout
 from baton_engine.api import EngineRequest
 from baton_engine.pool import BlockLayout
 from baton_runtime.hashing import block_hashes
@@ -46,6 +47,14 @@ def layout_text(layout: BlockLayout) -> str:
     return (
         f"layers={layout.num_layers} block_tokens={layout.block_tokens} kv_heads={layout.num_kv_heads} "
         f"head_dim={layout.head_dim} dtype={layout.dtype} shards={layout.num_shards}"
+    )
+
+
+def record_layout_text(layout: KvLayout) -> str:
+    """As layout_text, of a record."""
+    return (
+        f"layers={layout.num_layers} block_tokens={layout.block_tokens} kv_heads={layout.num_kv_heads} "
+        f"head_dim={layout.head_dim} dtype={layout.dtype} shards={layout.num_shards} block_bytes={layout.block_bytes}"
     )
 
 

@@ -171,8 +171,14 @@ class FakeEngine:
         """Its next step ends it with ENGINE_ERROR."""
         self._mini.fail_next.add(key)
 
-    def resume(self) -> None:
-        """Go on after is_paused was reset."""
+    def pause(self, key: SequenceKey) -> None:
+        """Ignored."""
+
+    def resume(self, key: SequenceKey) -> None:
+        """Ignored."""
+
+    def go_on(self) -> None:
+        """Step again after is_paused."""
         self.is_paused = False
         self._wake.set()
 

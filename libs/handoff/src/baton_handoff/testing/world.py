@@ -85,6 +85,7 @@ class Process:
         self.source = SourceBook(self.blocks, shape, config)
         self.sink = SinkBook(self.blocks, shape, config)
         self.engine = MiniEngine(self.blocks, BLOCK_TOKENS, self._compute)
+        self.engine_cancels: list[SequenceKey] = []
         self.outputs: deque[StepOutput] = deque()
         self.pulls: dict[int, Pull] = {}
         self.returned: deque[tuple[int, FailureCause | None]] = deque()  # pulls whose result the loop has not seen
@@ -332,6 +333,8 @@ class World:
         process = self.processes[name]
         if not process.is_stopped and process.engine.has_work():
             process.outputs.append(process.engine.step())
+            while process.engine_cancels:  # a step that runs when a cancel comes goes on, and pins
+                process.engine.cancel(process.engine_cancels.pop())
 
     def engine_output(self, name: str) -> None:
         """The loop sees the output of the oldest step."""
@@ -414,7 +417,7 @@ class World:
         elif isinstance(action, StartEngine):
             process.engine.start(action.request)
         elif isinstance(action, CancelEngine):
-            process.engine.cancel(action.sequence)
+            process.engine_cancels.append(action.sequence)
         elif isinstance(action, StartPull):
             # The memory of a life that is over is still mapped: a pull reads it, a Confirm is never answered.
             process.pulls[action.operation] = Pull(action, self._memory_of(action.peer_incarnation))

@@ -1,0 +1,71 @@
+"""Whom this worker may form a pair with, and with which secrets: told by kvtransfer, kept when it is gone."""
+
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from baton_contracts.discovery.v1.instance_pb2 import Instance
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
+
+from baton_handoff.tag import record_layout_text
+
+# Introductions are kept as long as the process; a restart of a peer adds one, so only a bound against madness is needed.
+MAX_INTRODUCTIONS = 16_384
+MAX_SECRETS = 8  # per pair: one per kvtransfer life
+
+
+@dataclass(slots=True)
+class Acquaintance:
+    """One introduced peer. secrets: newest first, all valid. refusal: why the pair must not be formed; "" if it may be."""
+
+    peer: Instance
+    secrets: list[bytes] = field(default_factory=list)
+    refusal: str = ""
+
+
+class Introductions:
+    """All its state: `_known` by incarnation of the peer, oldest first, and the callbacks of `subscribe`."""
+
+    def __init__(self, own: Callable[[], Instance]) -> None:
+        self._own = own
+        self._known: dict[str, Acquaintance] = {}
+        self._listeners: list[Callable[[str], None]] = []
+
+    def subscribe(self, listener: Callable[[str], None]) -> None:
+        """Call back with the peer's incarnation whenever an introduction arrives."""
+        self._listeners.append(listener)
+
+    def add(self, introduction: pb.Introduction) -> None:
+        """News from a kvtransfer. A pair that differs by our own comparison is refused even if kvtransfer allows it."""
+        incarnation = introduction.peer.incarnation
+        known = self._known.pop(incarnation, None) or Acquaintance(introduction.peer)
+        known.peer = introduction.peer
+        known.refusal = introduction.refusal or why_incompatible(self._own(), introduction.peer)
+        if introduction.pair_secret and introduction.pair_secret not in known.secrets:
+            known.secrets = [introduction.pair_secret, *known.secrets][:MAX_SECRETS]
+        self._known[incarnation] = known
+        while len(self._known) > MAX_INTRODUCTIONS:
+            del self._known[next(iter(self._known))]
+        for listener in list(self._listeners):
+            listener(incarnation)
+
+    def get(self, incarnation: str) -> Acquaintance | None:
+        """The peer, if it was introduced."""
+        return self._known.get(incarnation)
+
+    def knows_secret(self, incarnation: str, secret: bytes) -> bool:
+        """Whether a peer has proven that it is the one that was introduced."""
+        known = self._known.get(incarnation)
+        return known is not None and not known.refusal and any(hmac.compare_digest(secret, valid) for valid in known.secrets)
+
+
+def why_incompatible(own: Instance, peer: Instance) -> str:
+    """What keeps two workers from exchanging KV, naming both sides; "" if nothing does."""
+    problems = []
+    for name in ("fingerprint", "hash_block_tokens", "max_model_tokens", "vocab_size"):
+        ours, theirs = getattr(own.model, name), getattr(peer.model, name)
+        if ours != theirs:
+            problems.append(f"model {name} {ours} against {theirs}")
+    if own.layout != peer.layout:
+        problems.append(f"layout {record_layout_text(own.layout)} against {record_layout_text(peer.layout)}")
+    return f"{own.instance_id} and {peer.instance_id}: {'; '.join(problems)}" if problems else ""

@@ -1,0 +1,490 @@
+"""The handoffs of one worker: performs what the books decide, and turns links, pulls, engine and clock into their events.
+
+Everything here runs on the event loop. Awaits are only in `run`-like tasks at the edge (links, pulls, books, the clock); between
+two awaits the state of the books, the block manager and what was said to peers are one.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from baton_contracts.discovery.v1.instance_pb2 import Instance
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
+from baton_engine.api import Engine, EngineBeat, EngineRequest, StepOutput
+from baton_engine.errors import SequenceTooLong
+from baton_engine.pool import BlockLayout
+from baton_runtime.discovery import View
+from baton_runtime.errors import BatonError, InvalidArgument, StaleAttempt, Unavailable
+from baton_runtime.log import get_logger
+from baton_runtime.telemetry import Telemetry
+from prometheus_client import CollectorRegistry
+
+from baton_handoff.actions import Action, CancelEngine, Completed, Ended, Report, Send, StartEngine, StartPull
+from baton_handoff.audit import Audit, Start
+from baton_handoff.books import BooksClient
+from baton_handoff.config import HandoffConfig
+from baton_handoff.handoff_metrics import HandoffMetrics, outcome_of
+from baton_handoff.ids import EndReason, FailureCause, HandoffComplete, HandoffEnd, HandoffKey, PeerRef, Side
+from baton_handoff.introductions import Introductions
+from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, Confirm, FromSink, FromSource
+from baton_handoff.pair_client import PairClient
+from baton_handoff.peer_watch import FenceReason
+from baton_handoff.peers import Peers
+from baton_handoff.sink import SinkBook
+from baton_handoff.source import SourceBook
+from baton_handoff.spans import HandoffTrace
+from baton_handoff.tag import KvShape
+from baton_handoff.transports.base import Transport
+
+MIN_SLEEP_S = 0.005
+log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Caller:
+    """Who waits for one Start, until it is over."""
+
+    on_end: Callable[[HandoffEnd], None]
+    on_complete: Callable[[HandoffComplete], None] | None
+    trace: HandoffTrace
+    confirmed_blocks: int = 0
+
+
+class HandoffManager:
+    """All handoffs of one worker, on both sides.
+
+    Open and close it in one task. Add `servicer` to the worker's gRPC server; pass every StepOutput to `on_output` first.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        instance: Callable[[], Instance],
+        transports: Sequence[Transport],
+        telemetry: Telemetry,
+        registry: CollectorRegistry,
+        config: HandoffConfig | None = None,
+        view: View | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """instance: the worker's record, complete by the time of open(). view: of the kvtransfer instances to report to."""
+        self._engine = engine
+        self._own = instance
+        self._transports = transports
+        self._tracer = telemetry.tracer
+        self._config = config or HandoffConfig()
+        self._clock = clock
+        self._layout: BlockLayout = engine.pool.layout
+        self._metrics = HandoffMetrics(registry)
+        self._peers = Peers(self, instance, transports, self._metrics, self._config, clock)
+        self.servicer = self._peers.servicer
+        block_bytes, times = engine.pool.block_bytes, self._config.times
+        self.books = BooksClient(instance, self._sums, self._peers.introductions.add, self._peers.hinted, block_bytes, times)
+        if view is not None:
+            self.books.follow(view)
+        self._callers: dict[tuple[HandoffKey, Side], _Caller] = {}
+        self._starts: dict[Hashable, Start] = {}
+        self._audit = Audit(engine.blocks, self._starts, self._peers.silent_s, times.stranded_s)
+        self._todo: deque[Action] = deque()
+        self._is_performing = False
+        self._is_draining = False
+        self._is_open = False
+        self._last_tick = 0.0
+        self._wake = asyncio.Event()
+        self._sleeps_until = 0.0
+        self._tasks = asyncio.TaskGroup()
+        self._background: set[asyncio.Task[None]] = set()
+        self._export()
+
+    # Life.
+
+    async def open(self) -> None:
+        """Ready to take Starts. The record must be complete, the transports open."""
+        own = self._own()
+        shape = KvShape(own.incarnation, own.model.fingerprint, self._layout, own.model.hash_block_tokens)
+        self._source = SourceBook(self._engine.blocks, shape, self._config)
+        self._sink = SinkBook(self._engine.blocks, shape, self._config)
+        self._last_tick = self._clock()
+        self._is_open = True
+        self.servicer.open()
+        await self._tasks.__aenter__()
+        self._spawn(self._run_clock(), "handoff clock")
+        self.books.start(self._tasks)
+
+    async def close(self) -> None:
+        """Fence everybody, wait until no operation of ours writes any more, end all tasks. Idempotent."""
+        if not self._is_open:
+            return
+        self.fence_all("CLOSING")
+        self._is_open = False
+        self.servicer.close()
+        self.books.close()
+        for task in list(self._background):
+            task.cancel()
+        await self._tasks.__aexit__(None, None, None)
+
+    # What the worker asks for.
+
+    def start_prefill(self, request: EngineRequest, decode: PeerRef, traceparent: str, on_end: Callable[[HandoffEnd], None]) -> None:
+        """Queue, offer, compute, hand over; then on_end, once (perhaps before this returns). Never raises for the request's sake."""
+        if not self._is_open:
+            return on_end(_refused(Unavailable("the worker does not serve handoffs now"), decode))
+        now = self.notice()
+        key = HandoffKey(request.key.request_id, request.key.attempt, decode.incarnation)
+        try:
+            actions = self._source.start(request, decode, traceparent, now)
+        except BatonError as error:
+            return on_end(_refused(error, decode))
+        self._callers[key, Side.SOURCE] = _Caller(on_end, None, HandoffTrace(traceparent))
+        self._starts[key.sequence] = Start(decode.incarnation, is_source=True)
+        self._perform(actions)
+
+    def start_decode(
+        self,
+        request: EngineRequest,
+        prefill: PeerRef,
+        traceparent: str,
+        on_complete: Callable[[HandoffComplete], None],
+        on_end: Callable[[HandoffEnd], None],
+    ) -> None:
+        """Wait for the offer, pull, confirm; then either on_complete or on_end, once (perhaps before this returns).
+
+        on_complete: the KV lies in the table that request.key owns in the block manager. The callee starts the engine, or
+        releases the table: from then on it is its own. Never raises for the request's sake.
+        """
+        if not self._is_open:
+            return on_end(_refused(Unavailable("the worker does not serve handoffs now"), prefill))
+        now = self.notice()
+        known = self.introductions.get(prefill.incarnation)
+        if known is not None and known.refusal:
+            return on_end(_not_introduced(prefill, known.refusal))
+        if (known is None or not known.secrets) and not self.books.num_streams:
+            return on_end(_not_introduced(prefill, "no kvtransfer can be reached, and none has introduced the pair before"))
+        key = HandoffKey(request.key.request_id, request.key.attempt, self._own().incarnation)
+        try:
+            actions = self._sink.start(request, prefill, traceparent, now)
+        except BatonError as error:
+            return on_end(_refused(error, prefill))
+        self._callers[key, Side.SINK] = _Caller(on_end, on_complete, HandoffTrace(traceparent))
+        self._starts[key.sequence] = Start(prefill.incarnation, is_source=False)
+        self._peers.use_source(prefill, now)
+        self._perform(actions)
+
+    def cancel(self, request_id: str, attempt: int, reason: str) -> None:
+        """This attempt and all lower ones are over; one that has not arrived will be STALE for 60 s. reason: UPPER_SNAKE; DEADLINE
+        ends with EndReason.DEADLINE, all others with CANCELLED."""
+        if not self._is_open:
+            return
+        now = self.notice()
+        self._perform(self._source.cancel(request_id, attempt, reason, now))
+        self._perform(self._sink.cancel(request_id, attempt, reason, now))
+
+    def on_output(self, output: StepOutput) -> None:
+        """A step has ended: announce what it computed, unpin what nobody wants any more. To be called first."""
+        if not self._is_open:
+            return
+        now = self.notice()
+        for ready in output.ready:
+            self._perform(self._source.blocks_ready(ready, now))
+        for end in output.ends:
+            self._perform(self._source.engine_ended(end, now))
+
+    def fence_all(self, reason: str) -> None:
+        """Our own loop stood still, or we stop: every peer has given us up or will. All handoffs end."""
+        if not self._is_open:
+            return
+        log.warning("fencing_all_peers", reason=reason, num_handoffs=self.live_handoffs())
+        self._last_tick = self._clock()  # at once: fencing calls back
+        for incarnation in {*self._peers.clients, *(handoff.peer.incarnation for handoff in self._sink.live)}:
+            self._peers.fence_source(incarnation, FailureCause.PEER_FENCED, FenceReason.LOOP_STALL, is_news=False)
+        for incarnation in {*self.servicer.peers, *(handoff.peer.incarnation for handoff in self._source.live)}:
+            self._peers.fence_sink(incarnation, FenceReason.LOOP_STALL, is_news=False)
+
+    def set_draining(self) -> None:
+        """Refuse new Starts, hand back what has not begun, finish the rest."""
+        self._is_draining = True
+        if not self._is_open:
+            return
+        now = self.notice()
+        self._perform(self._source.set_draining(now))
+        self._perform(self._sink.set_draining(now))
+
+    # What may be asked.
+
+    def live_handoffs(self) -> int:
+        """Handoffs that are not over, tickets and queued ones included."""
+        return len(self._source.live) + len(self._sink.live) if self._is_open else 0
+
+    def queued(self) -> int:
+        """Handoffs that have not begun: queued prefills and tickets."""
+        return self._source.num_queued() + self._sink.num_tickets() if self._is_open else 0
+
+    def stranded_bytes(self) -> int:
+        """Bytes pinned or reserved for nobody, or for a peer that is fenced or silent for over 5 s, by the audit."""
+        return self._audit.stranded_blocks(self._clock()) * self._engine.pool.block_bytes
+
+    def safe_to_stop(self) -> bool:
+        """Draining, nothing live, nothing pinned or reserved."""
+        is_over = not self._is_open or (self._is_draining and not self.live_handoffs() and not self._sink.draining)
+        return is_over and not self._engine.blocks.pinned_owners()
+
+    @property
+    def introductions(self) -> Introductions:
+        """Whom this worker may form pairs with."""
+        return self._peers.introductions
+
+    # PeersOwner and LinkOwner: what peers and links say.
+
+    def engine_beat(self) -> EngineBeat:
+        """See LinkOwner."""
+        return self._engine.beat()
+
+    def notice(self) -> float:
+        """See LinkOwner. After a stall everything else would be judged by times that mean nothing."""
+        now = self._clock()
+        if self._is_open and now - self._last_tick > self._config.times.stall_s:
+            self.fence_all("LOOP_STALL")
+        return now
+
+    def source_link_opened(self, incarnation: str) -> None:
+        """See LinkOwner."""
+        self._perform(self._sink.link_up(incarnation, self._clock()))
+
+    def heard_source(self, incarnation: str, message: FromSource) -> None:
+        """See LinkOwner."""
+        now = self._clock()
+        caller = self._callers.get((message.key, Side.SINK))
+        if caller is not None and isinstance(message, Announce):
+            caller.trace.compute_ended_at = now - message.age_s
+        self._perform(self._sink.receive(incarnation, message, now))
+
+    def source_failed(self, incarnation: str, cause: FailureCause, reason: FenceReason) -> None:
+        """See LinkOwner."""
+        self._peers.fence_source(incarnation, cause, reason)
+
+    def sink_linked(self, incarnation: str, secret: bytes, listed: list[HandoffKey]) -> None:
+        """See LinkOwner."""
+        self._peers.allow_sink(incarnation, secret)
+        self._perform(self._source.link_up(incarnation, listed, self._clock()))
+
+    def heard_sink(self, incarnation: str, message: FromSink) -> None:
+        """See LinkOwner."""
+        if isinstance(message, BeginReply) and isinstance(message.answer, Accepted):
+            caller = self._callers.get((message.key, Side.SOURCE))
+            if caller is not None:
+                caller.trace.begin.closed()
+        self._perform(self._source.receive(incarnation, message, self._clock()))
+
+    def is_sink_in_use(self, incarnation: str) -> bool:
+        """See LinkOwner."""
+        return any(handoff.is_begun for handoff in self._source.live_with(incarnation))
+
+    def sink_lost(self, incarnation: str, *, is_closed: bool) -> None:
+        """See LinkOwner."""
+        if not self._is_open:
+            return
+        now = self._clock()
+        book = self._source
+        self._perform(book.link_closed(incarnation, now) if is_closed else book.link_down(incarnation, now))
+
+    def run_link(self, client: PairClient) -> None:
+        """See PeersOwner."""
+        self._spawn(client.run(), f"pair {client.peer.instance_id}")
+
+    def source_over(self, incarnation: str, cause: FailureCause) -> None:
+        """See PeersOwner."""
+        self._perform(self._sink.fence(incarnation, cause, self._clock()))
+
+    def sink_over(self, incarnation: str) -> None:
+        """See PeersOwner."""
+        self._perform(self._source.fence(incarnation, self._clock()))
+
+    def sink_suspect(self, incarnation: str, is_suspect: bool) -> None:
+        """See PeersOwner."""
+        self._perform(self._source.suspect(incarnation, is_suspect, self._clock()))
+
+    def begun_with(self, incarnation: str) -> list[HandoffKey]:
+        """See PeersOwner."""
+        return self._sink.begun_with(incarnation)
+
+    def is_source_in_use(self, incarnation: str) -> bool:
+        """See PeersOwner."""
+        return bool(self._sink.live_with(incarnation))
+
+    def peer_down(self, incarnation: str, reason: str) -> None:
+        """See PeersOwner."""
+        self.books.peer_down(incarnation, reason)
+
+    # Performing.
+
+    def _perform(self, actions: list[Action]) -> None:
+        """In order. What an action causes (a callback may start or cancel something) is performed after those before it."""
+        self._todo.extend(actions)
+        if self._is_performing:
+            return
+        self._is_performing = True
+        try:
+            while self._todo:
+                self._perform_one(self._todo.popleft())
+        finally:
+            self._is_performing = False
+        if self._source.next_retry_at() < self._sleeps_until:
+            self._wake.set()
+
+    def _perform_one(self, action: Action) -> None:
+        match action:
+            case Send():
+                self._send(action)
+            case StartPull():
+                self._spawn(self._pull(action), f"pull {action.key.request_id}")
+            case Report():
+                self._report(action)
+            case StartEngine():
+                self._start_engine(action)
+            case CancelEngine():
+                self._engine.cancel(action.sequence)
+            case Completed():
+                self._completed(action)
+            case Ended():
+                self._ended(action)
+
+    def _send(self, action: Send) -> None:
+        message = action.message
+        if isinstance(message, Begin) and (offering := self._callers.get((message.key, Side.SOURCE))) is not None:
+            offering.trace.begin.opened()
+        if isinstance(message, Confirm) and (asking := self._callers.get((message.key, Side.SINK))) is not None:
+            asking.trace.confirm.opened()
+        if message.key.decode_incarnation == self._own().incarnation:
+            self._peers.send_to_source(action.peer_incarnation, message)
+        else:
+            self.servicer.send(action.peer_incarnation, message)
+
+    def _start_engine(self, action: StartEngine) -> None:
+        try:
+            self._engine.start(action.request)
+        except (BatonError, SequenceTooLong) as error:
+            self._perform(self._source.engine_refused(action.key, error, self._clock()))
+
+    async def _pull(self, start: StartPull) -> None:
+        """One operation. Whatever ends it, the book hears of it exactly once, when nothing writes any more."""
+        caller = self._callers.get((start.key, Side.SINK))
+        if caller is not None:
+            caller.trace.pull.opened()
+        failure: FailureCause | None = FailureCause.PATH_DOWN
+        try:
+            result = await self._peers.puller.run(start)
+            failure = result.failure
+            if result.stats is not None:
+                transport = self._peers.puller.transport_of(start.peer_incarnation)
+                self._metrics.pulled(transport, result.stats)
+                if caller is not None:
+                    caller.trace.pulled(transport, result.stats)
+        finally:
+            self._perform(self._sink.pull_returned(start.operation, failure, self.notice()))
+
+    def _report(self, report: Report) -> None:
+        transport = ""
+        if report.side is Side.SINK:
+            transport = self._peers.puller.transport_of(report.peer_incarnation)
+            self._count_confirmed(report)
+        self.books.report(report, transport)
+
+    def _count_confirmed(self, report: Report) -> None:
+        caller = self._callers.get((report.key, Side.SINK))
+        if caller is not None and report.confirmed_blocks > caller.confirmed_blocks:
+            self._metrics.confirmed((report.confirmed_blocks - caller.confirmed_blocks) * self._engine.pool.block_bytes)
+            caller.confirmed_blocks = report.confirmed_blocks
+            caller.trace.confirm.closed()
+
+    def _completed(self, action: Completed) -> None:
+        caller = self._forget(action.key, Side.SINK)
+        if action.tail_tokens:
+            zero_tail(self._engine.pool.data[action.tail_block], self._layout, action.tail_tokens)
+        if caller.trace.compute_ended_at:
+            self._metrics.exposed(self._clock() - caller.trace.compute_ended_at)
+        self._metrics.ended(Side.SINK, None)
+        caller.trace.emit(self._tracer, action.key, "confirmed")
+        assert caller.on_complete is not None, "only a sink completes"
+        caller.on_complete(action.complete)
+
+    def _ended(self, action: Ended) -> None:
+        caller = self._forget(action.key, action.side)
+        self._metrics.ended(action.side, action.end)
+        outcome = outcome_of(action.end)
+        caller.trace.emit(self._tracer, action.key, outcome)
+        log.debug("handoff_ended", side=action.side.name, request_id=action.key.request_id, attempt=action.key.attempt, outcome=outcome)
+        caller.on_end(action.end)
+
+    def _forget(self, key: HandoffKey, side: Side) -> _Caller:
+        self._starts.pop(key.sequence, None)
+        return self._callers.pop((key, side))
+
+    # Clock, tasks, sums.
+
+    async def _run_clock(self) -> None:
+        """Judge peers, tick the books; at least every tick_s, and when an offer that was told not now is due."""
+        while True:
+            now = self.notice()
+            self._last_tick = now
+            self._peers.judge(now)
+            self._perform(self._source.tick(now))
+            self._perform(self._sink.tick(now))
+            self.stranded_bytes()
+            self._wake.clear()
+            self._sleeps_until = min(now + self._config.times.tick_s, max(self._source.next_retry_at(), now + MIN_SLEEP_S))
+            try:
+                async with asyncio.timeout(self._sleeps_until - now):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def _spawn(self, work: "asyncio._CoroutineLike[None]", name: str) -> None:
+        task: asyncio.Task[None] = self._tasks.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _sums(self) -> kv_pb.BooksSums:
+        """By the block manager alone; a block pinned for two owners counts twice, as it does in their reports."""
+        blocks, block_bytes = self._engine.blocks, self._engine.pool.block_bytes
+        reserved = blocks.counts().reserved
+        pinned = max(0, sum(blocks.pinned_owners().values()) - reserved)
+        return kv_pb.BooksSums(
+            pinned_bytes=pinned * block_bytes, reserved_bytes=reserved * block_bytes, stranded_bytes=self.stranded_bytes()
+        )
+
+    def _export(self) -> None:
+        blocks, block_bytes = self._engine.blocks, self._engine.pool.block_bytes
+        watch = self._metrics.watch
+        watch("baton_kv_stranded_bytes", "Pinned or reserved for nobody, or for a side that is fenced or silent.", self.stranded_bytes)
+        watch("baton_kv_pinned_bytes", "Held only for a handoff that is not confirmed.", lambda: blocks.counts().pinned * block_bytes)
+        watch("baton_kv_reserved_bytes", "Set aside for incoming handoffs.", lambda: blocks.counts().reserved * block_bytes)
+        watch("baton_handoffs_in_flight", "Handoffs that are not over.", self.live_handoffs)
+        watch("baton_handoffs_queued", "Of them, those that have not begun.", self.queued)
+        watch("baton_books_streams", "kvtransfer instances that hear our reports.", lambda: self.books.num_streams)
+
+
+def zero_tail(block: npt.NDArray[np.uint8], layout: BlockLayout, num_tokens: int) -> None:
+    """Zero the slots of one block at or beyond num_tokens: an engine may read them, masked, so they must be finite.
+
+    block: shape (block_bytes,), a view of the pool.
+    """
+    slots = block.reshape(layout.num_layers, 2, layout.block_tokens, -1)  # last: bytes of one slot of one layer
+    slots[:, :, num_tokens:] = 0
+
+
+def _refused(error: BatonError, peer: PeerRef) -> HandoffEnd:
+    if isinstance(error, StaleAttempt):
+        return HandoffEnd(EndReason.STALE, peer_incarnation=peer.incarnation)
+    reason = EndReason.INVALID if isinstance(error, InvalidArgument) else EndReason.REFUSED
+    return HandoffEnd(reason, peer_incarnation=peer.incarnation, error=error)
+
+
+def _not_introduced(peer: PeerRef, why: str) -> HandoffEnd:
+    log.warning("pair_not_introduced", peer=peer.incarnation, why=why)
+    error = Unavailable(f"{peer.instance_id}: {why}")
+    return HandoffEnd(EndReason.HANDOFF_FAILED, FailureCause.NO_INTRODUCTION, peer.incarnation, error=error)

@@ -1,0 +1,184 @@
+"""Whom this worker is linked to, and when it gives them up: judges every link by the clock, and fences.
+
+    as a sink, of sources     one PairClient each, opened with the first ticket, closed when unused
+    as a source, of sinks     one SinkPeer each, made by the sink's hello
+
+Fencing is local: links are closed, running pulls dropped, the books told. Each link is judged by itself; two workers that are
+source and sink to each other have two.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from baton_contracts.discovery.v1.instance_pb2 import Instance
+from baton_runtime.log import get_logger
+
+from baton_handoff.audit import Start
+from baton_handoff.config import HandoffConfig
+from baton_handoff.handoff_metrics import HandoffMetrics
+from baton_handoff.ids import FailureCause, HandoffKey, PeerRef
+from baton_handoff.introductions import Introductions
+from baton_handoff.link import LinkOwner
+from baton_handoff.messages import Message
+from baton_handoff.pair_client import PairClient
+from baton_handoff.pair_servicer import PairServicer
+from baton_handoff.peer_watch import FenceReason, PeerState
+from baton_handoff.pulls import Puller
+from baton_handoff.transports.base import Transport
+
+log = get_logger(__name__)
+
+
+class PeersOwner(LinkOwner, Protocol):
+    """What else peers tell the manager."""
+
+    def run_link(self, client: PairClient) -> None:
+        """Run the client in a task until it ends."""
+
+    def source_over(self, incarnation: str, cause: FailureCause) -> None:
+        """Every handoff pulled from that source ends."""
+
+    def sink_over(self, incarnation: str) -> None:
+        """Every handoff pinned for that sink ends."""
+
+    def sink_suspect(self, incarnation: str, is_suspect: bool) -> None:
+        """Whether new offers may go to a sink."""
+
+    def begun_with(self, incarnation: str) -> list[HandoffKey]:
+        """Handoffs begun and not ended with a source."""
+
+    def is_source_in_use(self, incarnation: str) -> bool:
+        """Whether any handoff, ticket or not, is live with a source."""
+
+    def peer_down(self, incarnation: str, reason: str) -> None:
+        """News for kvtransfer."""
+
+
+class Peers:
+    """All its state: `clients` by incarnation of the source; `servicer.peers` by incarnation of the sink."""
+
+    def __init__(
+        self,
+        owner: PeersOwner,
+        own: Callable[[], Instance],
+        transports: Sequence[Transport],
+        metrics: HandoffMetrics,
+        config: HandoffConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self.introductions = Introductions(own)
+        self.introductions.subscribe(self._introduced)
+        self.puller = Puller(transports, self.introductions, own, config.times.first_link_s)
+        self.servicer = PairServicer(owner, self.introductions, own, config)
+        self.clients: dict[str, PairClient] = {}
+        self._owner = owner
+        self._own = own
+        self._transports = transports
+        self._metrics = metrics
+        self._config = config
+        self._times = config.times
+        self._clock = clock
+
+    def use_source(self, prefill: PeerRef, now: float) -> None:
+        """A ticket for this source was taken: open the link if there is none."""
+        client = self.clients.get(prefill.incarnation)
+        if client is None:
+            client = PairClient(prefill, self._owner, self.introductions, self._own, self._owner.begun_with, self._config, self._clock)
+            self.clients[prefill.incarnation] = client
+            self._owner.run_link(client)
+        client.used_at = now
+
+    def send_to_source(self, incarnation: str, message: Message) -> None:
+        """As a sink; dropped if the link is not open."""
+        client = self.clients.get(incarnation)
+        if client is not None:
+            client.send(message)
+
+    def allow_sink(self, incarnation: str, secret: bytes) -> None:
+        """A sink has linked: it may read."""
+        for transport in self._transports:
+            transport.allow(incarnation, secret)
+
+    def judge(self, now: float) -> None:
+        """Fence whom the clock condemns, close what is unused."""
+        for incarnation, client in list(self.clients.items()):
+            self._judge_source(incarnation, client, now)
+        for incarnation, peer in list(self.servicer.peers.items()):
+            state, reason = peer.watch.judge(now)
+            if reason is not None:
+                self.fence_sink(incarnation, reason)
+            elif peer.session is not None and peer.is_suspect != (state is PeerState.SUSPECT):
+                peer.is_suspect = state is PeerState.SUSPECT
+                self._owner.sink_suspect(incarnation, peer.is_suspect)
+
+    def hinted(self, incarnation: str, reason: str) -> None:
+        """kvtransfer has heard of a death. Only a link that is suspect already is given up for it."""
+        now = self._owner.notice()
+        client = self.clients.get(incarnation)
+        if client is not None and client.watch is not None and client.watch.judge(now)[0] is not PeerState.OK:
+            self.fence_source(incarnation, FailureCause.PEER_FENCED, FenceReason.STREAM_BROKEN)
+        peer = self.servicer.peers.get(incarnation)
+        if peer is not None and peer.watch.judge(now)[0] is not PeerState.OK:
+            self.fence_sink(incarnation, FenceReason.STREAM_BROKEN)
+
+    def fence_source(self, incarnation: str, cause: FailureCause, reason: FenceReason, *, is_news: bool = True) -> None:
+        """A source is over for us: every handoff pulled from it ends, running operations end soon."""
+        client = self.clients.pop(incarnation, None)
+        if client is not None:
+            client.close()
+            log.warning("source_fenced", peer=incarnation, instance_id=client.peer.instance_id, cause=cause.name, reason=reason)
+            self._metrics.fenced("sink", reason)
+        self.puller.drop(incarnation)
+        self._owner.source_over(incarnation, cause)
+        if is_news:
+            self._owner.peer_down(incarnation, reason)
+
+    def fence_sink(self, incarnation: str, reason: FenceReason, *, is_news: bool = True) -> None:
+        """A sink is over for us: what was pinned for it is free."""
+        if incarnation in self.servicer.peers:
+            log.warning("sink_fenced", peer=incarnation, reason=reason)
+            self._metrics.fenced("source", reason)
+        self.servicer.drop(incarnation, f"fenced: {reason}")
+        for transport in self._transports:
+            transport.forbid(incarnation)
+        self._owner.sink_over(incarnation)
+        if is_news:
+            self._owner.peer_down(incarnation, reason)
+
+    def silent_s(self, start: Start, now: float) -> float:
+        """For the audit: how long the other side of a Start was not heard; one without a link counts as silent for ever."""
+        if start.is_source:
+            peer = self.servicer.peers.get(start.peer_incarnation)
+            return peer.watch.silent_s(now) if peer is not None else float("inf")
+        client = self.clients.get(start.peer_incarnation)
+        return client.watch.silent_s(now) if client is not None and client.watch is not None else float("inf")
+
+    def _introduced(self, incarnation: str) -> None:
+        client = self.clients.get(incarnation)
+        known = self.introductions.get(incarnation)
+        if client is None or known is None:
+            return
+        client.introduced()
+        if known.refusal:
+            log.warning("pair_refused", peer=incarnation, why=known.refusal)
+            self.fence_source(incarnation, FailureCause.NO_INTRODUCTION, FenceReason.STREAM_BROKEN, is_news=False)
+
+    def _judge_source(self, incarnation: str, client: PairClient, now: float) -> None:
+        if client.watch is None:
+            return self._judge_first_link(incarnation, client, now - client.created_at)
+        _, reason = client.watch.judge(now)
+        if reason is not None:
+            self.fence_source(incarnation, FailureCause.PEER_FENCED, reason)
+        elif now - client.used_at >= self._times.link_idle_s and not self._owner.is_source_in_use(incarnation):
+            client.close_idle()
+            del self.clients[incarnation]
+
+    def _judge_first_link(self, incarnation: str, client: PairClient, waited_s: float) -> None:
+        if not client.is_introduced and waited_s >= self._times.introduction_s:
+            cause = FailureCause.NO_INTRODUCTION
+        elif waited_s >= self._times.first_link_s:
+            cause = FailureCause.NO_INTRODUCTION if client.was_refused else FailureCause.PATH_DOWN
+        else:
+            return
+        # No news: that we cannot reach it says nothing about whether it lives.
+        self.fence_source(incarnation, cause, FenceReason.STREAM_BROKEN, is_news=False)
