@@ -207,8 +207,9 @@ def test_own_stall_is_nobodys_silence(fleet):
 def book_leak(fleet):
     event = handoff_event(pb.SIDE_SOURCE, pb.HANDOFF_EVENT_KIND_BEGUN, "d1", "d1", 300)
     fleet.report("p1", events=[event])
-    for _ in range(2):
+    for _ in range(3):
         fleet.report("p1", sums=pb.BooksSums(pinned_bytes=1000, stranded_bytes=700))
+        fleet.now_s += 0.5
 
 
 def test_leak_is_a_mismatch_until_the_sums_agree(fleet):

@@ -18,7 +18,8 @@ def test_families_tell_what_was_booked():
     begun = handoff_event(pb.SIDE_SOURCE, pb.HANDOFF_EVENT_KIND_BEGUN, "d1", "d1", 300)
     ended = handoff_event(pb.SIDE_SINK, pb.HANDOFF_EVENT_KIND_ENDED, "p1", "d1", 0, 800, outcome=pb.HANDOFF_OUTCOME_FENCED)
     broker.report("p1", sessions["p1"], pb.BooksRequest(events=[begun], sums=pb.BooksSums(pinned_bytes=310, stranded_bytes=10)), 0.0)
-    broker.report("p1", sessions["p1"], pb.BooksRequest(sums=pb.BooksSums(pinned_bytes=310, stranded_bytes=10)), 0.0)
+    for now_s in (0.5, 1.0):
+        broker.report("p1", sessions["p1"], pb.BooksRequest(sums=pb.BooksSums(pinned_bytes=310, stranded_bytes=10)), now_s)
     broker.report("d1", sessions["d1"], pb.BooksRequest(events=[ended]), 0.0)
     broker.stream_ended("d1", sessions["d1"], 0.0)
     broker.tick(1.0)

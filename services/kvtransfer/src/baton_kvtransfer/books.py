@@ -13,6 +13,8 @@ from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
 
 # As long as the workers' tombstones: until then an event may be told twice.
 KEEP_ENDED_S = 60.0
+# A difference of sums counts once it has stood for so long; sums come at least once a second.
+MISMATCH_WINDOW_S = 1.0
 # Ended handoffs kept at most, whatever the rate; the oldest go first.
 MAX_ENDED = 100_000
 
@@ -68,19 +70,24 @@ class Account:
     pinned_bytes: int = 0
     reserved_bytes: int = 0
     stranded_bytes: int = 0
-    mismatch_bytes: int = 0  # what stood for two sums in a row
-    difference_bytes: int = 0  # at the last sums
+    mismatch_bytes: int = 0  # smallest difference of a whole window: what stood
+    window_s: float | None = None  # when the present window began, and the smallest difference in it
+    window_bytes: int = 0
     handoffs: set[tuple[HandoffKey, int]] = field(default_factory=set)  # sides of this worker, live or not
 
-    def close_sums(self, sums: pb.BooksSums) -> None:
+    def close_sums(self, sums: pb.BooksSums, now_s: float) -> None:
         """The block manager's own sums, as of the last event applied.
 
-        The engine's thread pins a moment before the worker's loop can tell: one difference may be that moment, a leak stays.
+        The engine's thread pins a moment before the worker's loop can tell, so a busy worker's sums often differ for milliseconds;
+        a leak stays. A mismatch is therefore what every message of a whole window had in common.
         """
         self.pinned_bytes, self.reserved_bytes, self.stranded_bytes = sums.pinned_bytes, sums.reserved_bytes, sums.stranded_bytes
-        before = self.difference_bytes
-        self.difference_bytes = abs(self.pinned_bytes - self.source_held_bytes) + abs(self.reserved_bytes - self.sink_held_bytes)
-        self.mismatch_bytes = min(before, self.difference_bytes)
+        difference_bytes = abs(self.pinned_bytes - self.source_held_bytes) + abs(self.reserved_bytes - self.sink_held_bytes)
+        self.mismatch_bytes = min(self.mismatch_bytes, difference_bytes)
+        self.window_bytes = difference_bytes if self.window_s is None else min(self.window_bytes, difference_bytes)
+        if self.window_s is None or now_s - self.window_s >= MISMATCH_WINDOW_S:
+            self.mismatch_bytes = self.window_bytes if self.window_s is not None else 0
+            self.window_s, self.window_bytes = now_s, difference_bytes
 
 
 class Observer(Protocol):

@@ -125,7 +125,7 @@ class Broker:
             if not self.books.apply(incarnation, event, now_s):
                 log.warning("handoff_event_malformed", peer_incarnation=incarnation, side=event.side, kind=event.kind)
         if request.HasField("sums"):
-            self._close_sums(worker, request.sums)
+            self._close_sums(worker, request.sums, now_s)
         for told in request.peers_down:
             self._spread(told, incarnation, now_s, out)
         return out
@@ -195,10 +195,10 @@ class Broker:
         worker = self.workers.get(incarnation)
         return worker if worker is not None and worker.session == session and worker.broken_s is None else None
 
-    def _close_sums(self, worker: Worker, sums: pb.BooksSums) -> None:
+    def _close_sums(self, worker: Worker, sums: pb.BooksSums, now_s: float) -> None:
         account = self.books.accounts[worker.record.incarnation]
         before = account.mismatch_bytes
-        account.close_sums(sums)
+        account.close_sums(sums, now_s)
         if account.mismatch_bytes and account.mismatch_bytes != before:
             log.error(
                 "ledger_mismatch",
