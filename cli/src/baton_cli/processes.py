@@ -112,19 +112,33 @@ class Supervisor:
                 await child.start()
 
     async def stop(self, limit_s: float) -> None:
-        """End every child: SIGTERM in order, SIGKILL to those still there when half the time is over."""
+        """End every child, the last one (etcd) after the others, so that these can sign off there. Idempotent.
+
+        limit_s: time for all of it; who is still there near its end is killed.
+        """
         self.stopping.set()
-        for child in self.children:
-            child.send(signal.SIGTERM)
-            child.send(signal.SIGCONT)  # a stopped process would not even see the SIGTERM
-        waits = [child.process.wait() for child in self.children if child.process is not None]
-        try:
-            async with asyncio.timeout(limit_s / 2):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            for child in self.children:
-                child.send(signal.SIGKILL)
-            await asyncio.gather(*(child.process.wait() for child in self.children if child.process is not None))
+        await _end(self.children[:-1], limit_s * 3 / 4)
+        await _end(self.children[-1:], limit_s / 4)
+
+
+async def _end(children: list[Child], limit_s: float) -> None:
+    """SIGTERM, then SIGKILL to those that have not ended after limit_s."""
+    for child in children:
+        child.send(signal.SIGTERM)
+        child.send(signal.SIGCONT)  # a stopped process would not even see the SIGTERM
+    try:
+        async with asyncio.timeout(limit_s):
+            await _ended(children)
+    except TimeoutError:
+        for child in children:
+            child.send(signal.SIGKILL)
+        await _ended(children)
+
+
+async def _ended(children: list[Child]) -> None:
+    for child in children:
+        if child.process is not None:
+            await child.process.wait()
 
 
 def describe_exit(code: int) -> str:

@@ -136,8 +136,10 @@ async def run(options: Options, console: Console) -> None:
         async with asyncio.TaskGroup() as group:
             for child in supervisor.children:
                 group.create_task(supervisor.keep(child), name=f"keep {child.name}")
+            await supervisor.stopping.wait()
+            console.print("stopping ...", highlight=False)
+            await supervisor.stop(STOP_LIMIT_S)  # ends the children, and with them their keepers
     finally:
-        console.print("stopping ...", highlight=False)
         await supervisor.stop(STOP_LIMIT_S)
         state.remove(options.folder)
         console.print("stopped", highlight=False)
