@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import grpc
 import pytest
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
 from baton_kvtransfer.books import Books
@@ -98,6 +99,17 @@ async def test_cancelled_stream_is_broken_not_forgotten(broker, servicer, is_blo
     assert broker.tick(now_s + 0.1).messages == {}
     assert broker.tick(now_s + 0.3).messages["p1"].peers_down[0].reason == "STREAM_BROKEN"
     assert broker.held_bytes() == (0, 0)
+
+
+async def test_worker_that_leaves_during_a_write_is_no_error_of_ours(broker, servicer):
+    requests, context = Requests(hello()), Context(False)
+
+    async def write(message):
+        raise grpc.aio.InternalError
+
+    context.write = write
+    await servicer.Books(requests, context)
+    assert broker.reporting() == ["p1"]
 
 
 async def test_cancelled_clock_stops_and_can_be_started_again(broker, servicer):

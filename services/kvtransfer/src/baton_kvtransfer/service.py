@@ -147,7 +147,10 @@ async def _write(outbox: Outbox[pb.BooksResponse], context: _Context) -> None:
         message = batch[0]
         for further in batch[1:]:
             message.MergeFrom(further)
-        await context.write(message)
+        try:
+            await context.write(message)
+        except grpc.aio.InternalError:
+            return  # the worker has left in the middle of the write; its next hello brings everything
 
 
 def _close(stream: _Stream, why: str) -> None:
