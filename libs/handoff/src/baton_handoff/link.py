@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import grpc
 from baton_engine.api import EngineBeat
-from baton_runtime.errors import QueueFull, Unavailable
+from baton_runtime.errors import BatonError, QueueFull, Unavailable
 from baton_runtime.streams import Outbox
 
 from baton_handoff.ids import FailureCause, HandoffKey
@@ -100,19 +100,23 @@ class MessageQueue:
 async def until_first(*works: Coroutine[Any, Any, object]) -> None:
     """Run coroutines until one ends, then cancel the others and wait for them.
 
-    Raises: the error that ended it; a bug rather than the end of a stream, if there are both.
+    Raises: the AioRpcError, InvalidStateError or BatonError that ended it. Other exceptions are bugs: an ExceptionGroup.
     """
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_error_of(work), name="link") for work in works]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+    for task in tasks:
+        error = None if task.cancelled() else task.result()
+        if error is not None:
+            raise error
+
+
+async def _error_of(work: Coroutine[Any, Any, object]) -> Exception | None:
+    # Returned, not raised: an error of a child that meets a cancellation of the whole would take its place in a TaskGroup.
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work, name="link") for work in works]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                task.cancel()
-    except BaseExceptionGroup as errors:
-        bugs, _ = errors.split(lambda error: not isinstance(error, STREAM_ENDED))
-        raise _first_leaf(bugs or errors) from None
-
-
-def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = group.exceptions[0]
-    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
+        await work
+    except (*STREAM_ENDED, BatonError) as error:
+        return error
+    return None

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
 from baton_engine.api import Engine, EngineBeat, EngineRequest, StepOutput
-from baton_engine.errors import SequenceTooLong
 from baton_engine.pool import BlockLayout
 from baton_runtime.discovery import View
 from baton_runtime.errors import BatonError, InvalidArgument, StaleAttempt, Unavailable
@@ -367,7 +366,7 @@ class HandoffManager:
     def _start_engine(self, action: StartEngine) -> None:
         try:
             self._engine.start(action.request)
-        except (BatonError, SequenceTooLong) as error:
+        except BatonError as error:
             self._perform(self._source.engine_refused(action.key, error, self._clock()))
 
     async def _pull(self, start: StartPull) -> None:

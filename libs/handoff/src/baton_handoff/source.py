@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from baton_engine.api import BlocksReady, EngineRequest, SequenceEnd, SequenceKey, Work
 from baton_engine.api import EndReason as EngineEnd
 from baton_engine.blocks import BlockManager
-from baton_engine.errors import CacheFull, SequenceTooLong
+from baton_engine.errors import CacheFull
 from baton_runtime.errors import BatonError, Internal, InvalidArgument, QueueFull, Unavailable
 
 from baton_handoff.actions import Action, CancelEngine, Ended, Report, Send, StartEngine
@@ -178,15 +178,15 @@ class SourceBook:
             self._fail_computing(handoff, end, now)
         return self._done(now)
 
-    def engine_refused(self, key: HandoffKey, error: BatonError | SequenceTooLong, now: float) -> list[Action]:
-        """The engine did not take the sequence of a StartEngine."""
+    def engine_refused(self, key: HandoffKey, error: BatonError, now: float) -> list[Action]:
+        """The engine did not take the sequence of a StartEngine; the table is still ours."""
         self._engine_runs.discard(key.sequence)
         self._blocks.release(key.sequence)
         handoff = self._find(key)
-        if handoff is not None and isinstance(error, SequenceTooLong):
-            self._end(handoff, EndReason.INVALID, Outcome.FAILED, now, tell="TOO_LARGE", error=InvalidArgument("token_ids", str(error)))
-        elif handoff is not None and isinstance(error, BatonError):
-            self._end(handoff, EndReason.REFUSED, Outcome.FAILED, now, tell="NO_ROOM", error=error)
+        if handoff is not None:
+            handoff.state = SourceState.COMPUTED  # nothing runs that would have to be cancelled
+            reason = EndReason.INVALID if isinstance(error, InvalidArgument) else EndReason.REFUSED
+            self._end(handoff, reason, Outcome.FAILED, now, tell="ENGINE_REFUSED", error=error)
         return self._done(now)
 
     def cancel(self, request_id: str, attempt: int, reason: str, now: float) -> list[Action]:

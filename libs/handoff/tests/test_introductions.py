@@ -1,0 +1,53 @@
+from baton_contracts.discovery.v1.instance_pb2 import Instance, KvLayout, Model
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
+from baton_handoff.introductions import MAX_SECRETS, Introductions
+
+
+def record(name: str, incarnation: str, num_layers: int = 2, fingerprint: str = "f") -> Instance:
+    return Instance(instance_id=name, incarnation=incarnation, layout=KvLayout(num_layers=num_layers), model=Model(fingerprint=fingerprint))
+
+
+def introductions() -> Introductions:
+    return Introductions(lambda: record("d", "own"))
+
+
+def test_every_secret_of_a_pair_stays_valid_and_the_newest_is_tried_first() -> None:
+    known = introductions()
+    known.add(pb.Introduction(peer=record("p", "x"), pair_secret=b"one"))
+    known.add(pb.Introduction(peer=record("p", "x"), pair_secret=b"two"))
+    assert known.get("x").secrets == [b"two", b"one"]  # type: ignore[union-attr]
+    assert known.knows_secret("x", b"one")
+    assert not known.knows_secret("x", b"three")
+    assert not known.knows_secret("y", b"one")
+
+
+def test_number_of_secrets_is_bounded() -> None:
+    known = introductions()
+    for number in range(20):
+        known.add(pb.Introduction(peer=record("p", "x"), pair_secret=bytes([number])))
+    assert len(known.get("x").secrets) == MAX_SECRETS  # type: ignore[union-attr]
+    assert known.knows_secret("x", bytes([19]))
+
+
+def test_layouts_are_compared_again_and_both_are_named() -> None:
+    known = introductions()
+    known.add(pb.Introduction(peer=record("p", "x", num_layers=4), pair_secret=b"s"))
+    refusal = known.get("x").refusal  # type: ignore[union-attr]
+    assert "layers=2" in refusal
+    assert "layers=4" in refusal
+    assert not known.knows_secret("x", b"s")
+
+
+def test_refusal_of_kvtransfer_holds_until_it_is_taken_back() -> None:
+    known = introductions()
+    known.add(pb.Introduction(peer=record("p", "x"), refusal="layouts differ"))
+    assert known.get("x").refusal == "layouts differ"  # type: ignore[union-attr]
+    known.add(pb.Introduction(peer=record("p", "x"), pair_secret=b"s"))
+    assert known.get("x").refusal == ""  # type: ignore[union-attr]
+
+
+def test_listeners_hear_of_every_introduction() -> None:
+    known, heard = introductions(), []
+    known.subscribe(heard.append)
+    known.add(pb.Introduction(peer=record("p", "x"), pair_secret=b"s"))
+    assert heard == ["x"]
