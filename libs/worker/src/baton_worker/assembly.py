@@ -58,7 +58,7 @@ def allocate(config: WorkerConfig, service: str, loaded: LoadedEngine, incarnati
     Raises: ConfigError naming num_blocks or kv_memory_bytes if it does not fit.
     """
     try:
-        num_blocks = config.num_blocks or loaded.num_blocks(config.kv_memory_bytes)
+        num_blocks = config.num_blocks or loaded.num_blocks(config.pool_bytes)
     except ConfigError as error:
         raise _named(service, error) from error
     needed, available = num_blocks * loaded.layout.block_bytes, memory_limit_bytes()

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from baton_runtime.config import CommonConfig
 
+# Half a million tokens of the sim; about 20,000 tokens of a model with half a billion parameters.
+DEFAULT_POOL_BYTES = {"sim": 64 << 20, "torch": 512 << 20}
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -21,7 +23,7 @@ class WorkerConfig(CommonConfig):
     device: torch only: "cpu", "cuda", "cuda:0".
     torch_threads: torch only: threads of the process for compute; 0: torch's own choice.
     num_blocks: KV blocks of the pool; 0: as many as fit into kv_memory_bytes.
-    kv_memory_bytes: memory of the KV pool, in bytes; used if num_blocks is 0.
+    kv_memory_bytes: memory of the KV pool, in bytes; used if num_blocks is 0. 0: 64 MiB for sim, 512 MiB for torch.
     block_tokens: tokens per KV block.
     hash_block_tokens: granularity of the block hash chain, divides block_tokens; 0: block_tokens.
     max_batch_sequences: sequences in one step.
@@ -38,7 +40,7 @@ class WorkerConfig(CommonConfig):
     device: str = "cpu"
     torch_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
-    kv_memory_bytes: Annotated[int, msgspec.Meta(ge=1 << 16)] = 64 << 20
+    kv_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
     block_tokens: Count = 16
     hash_block_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_batch_sequences: Count = 256
@@ -46,6 +48,11 @@ class WorkerConfig(CommonConfig):
     max_waiting: Count = 256
     transports: tuple[Literal["shm", "tcp"], ...] = ("shm", "tcp")
     transfer_listen: str = "127.0.0.1:0"
+
+    @property
+    def pool_bytes(self) -> int:
+        """kv_memory_bytes, or what stands in for it."""
+        return self.kv_memory_bytes or DEFAULT_POOL_BYTES[self.engine]
 
     @property
     def name_for_clients(self) -> str:
