@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_contracts.worker.v1 import worker_service_pb2_grpc as pb_grpc
+from baton_runtime.children import free_port
 from baton_runtime.rpc import open_channel
-from baton_runtime.testing import free_port
 from clients import Answer, proxy, received, stream
 from cluster import Cluster, cluster, until
 

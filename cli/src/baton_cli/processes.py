@@ -1,7 +1,6 @@
 """Child processes of `baton up`: start, restart with back-off, stop in time."""
 
 import asyncio
-import ctypes
 import os
 import signal
 import sys
@@ -10,13 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1  # Linux prctl(2): signal for the child when its parent dies
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    """Runs in the child before exec: a supervisor killed with SIGKILL must leave nothing running."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+from baton_runtime.children import die_with_parent
 
 
 @dataclass
@@ -37,13 +30,12 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *self.command,
+                *die_with_parent(self.command, signal.SIGTERM),
                 env={**os.environ, **self.environment},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C goes to the supervisor alone, which stops the others in order
-                preexec_fn=_die_with_parent,
             )
         self.started_at = time.monotonic()
 

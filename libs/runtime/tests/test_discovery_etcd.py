@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 from baton_contracts.discovery.v1.instance_pb2 import Instance, Service
+from baton_runtime.children import free_port
 from baton_runtime.discovery import Discovery, View, ViewEvent, ViewEventKind, instance_key
 from baton_runtime.etcd import client as client_module
 from baton_runtime.etcd.client import EtcdClient
 from baton_runtime.records import encode_record, instances_prefix, record_key
-from baton_runtime.testing import EtcdProcess, SwallowingProxy, free_port, wait_until
+from baton_runtime.testing import EtcdProcess, SwallowingProxy, wait_until
 
 NAMESPACE = "/baton/v1"
 PREFILL, DECODE = Service.SERVICE_PREFILL, Service.SERVICE_DECODE

@@ -3,8 +3,8 @@ from collections.abc import Sequence
 
 import pytest
 from baton_runtime import semconv, telemetry
+from baton_runtime.children import free_port
 from baton_runtime.telemetry import Telemetry, configure_telemetry, context_from, traceparent
-from baton_runtime.testing import free_port
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult

