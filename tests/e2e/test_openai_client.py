@@ -30,9 +30,17 @@ async def test_a_chat_is_answered_from_facts_in_the_prompt(client: openai.AsyncO
     assert answer.choices[0].message.content == "4 7 1"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == 4
-    again = await client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": QUESTION}])
-    assert again.choices[0].message.content == "4 7 1"
-    assert again.usage.prompt_tokens_details.cached_tokens > 0
+
+
+async def test_a_repeated_prefix_is_reported_as_cached(client: openai.AsyncOpenAI) -> None:
+    facts = " ; ".join(f"{word} = 4 7 {digit}" for digit, word in enumerate(("red", "blue", "green", "black", "white")))
+
+    async def ask(word: str) -> tuple[str, int]:
+        answer = await client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": f"{facts} ; {word} ?"}])
+        return answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens
+
+    assert await ask("red") == ("4 7 0", 0)
+    assert await ask("white") == ("4 7 4", 16)
 
 
 async def test_a_streamed_chat_gives_the_same_text_and_its_usage(client: openai.AsyncOpenAI) -> None:
