@@ -45,6 +45,7 @@ class ActiveRequest:
         "_sampling",
         "_sink",
         "_wake_timer",
+        "_wants_logprobs",
         "request",
     )
 
@@ -62,6 +63,7 @@ class ActiveRequest:
         self._manager = manager
         self._request_id = request_id
         self._generation = generation
+        self._wants_logprobs = generation.top_logprobs is not None
         self._model = model
         self._sink = sink
         self._sampling = messages.sampling_of(generation, seed)
@@ -73,7 +75,7 @@ class ActiveRequest:
         self._deadline = None if generation.deadline_s is None else manager.clock() + generation.deadline_s
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._wake_timer: asyncio.TimerHandle | None = None
-        self._report = RequestReport(request_id, generation, manager.tracer, manager.metrics, manager.clock, trace_context)
+        self._report = RequestReport(request_id, generation, manager.tracer, manager.metrics, manager.log, manager.clock, trace_context)
 
     # --- GenerationHandle
 
@@ -112,7 +114,7 @@ class ActiveRequest:
 
     def on_tokens(self, lane: Lane, first_position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None) -> None:
         """See `LaneOwner`. The hot path."""
-        if logprobs is None and self._generation.top_logprobs is not None:
+        if logprobs is None and self._wants_logprobs:
             self.on_gap(lane)
             return
         new = self.request.take(lane.attempt, lane.role, first_position, token_ids)
@@ -122,7 +124,7 @@ class ActiveRequest:
             return
         if logprobs is not None:
             skipped = len(self.request.output) - len(new) - first_position
-            logprobs = logprobs[skipped : skipped + len(new)] if self._generation.top_logprobs is not None else None
+            logprobs = logprobs[skipped : skipped + len(new)] if self._wants_logprobs else None
         self._report.on_tokens()
         self._sink.on_tokens(new, logprobs)
 

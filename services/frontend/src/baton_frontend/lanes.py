@@ -119,13 +119,17 @@ class LaneTable:
         if not len(slots) == len(positions) == len(token_ids):
             raise StreamBroken(f"columns of {len(slots)}, {len(positions)} and {len(token_ids)} entries")
         logprobs = _logprobs(frame) if frame.logprobs else None
-        if len(set(slots)) == len(slots):
-            for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
-                lane = self._lanes.get(slot)
-                if lane is not None:
-                    self._give(lane, position, (token_id,), logprobs)
-        else:
+        if logprobs is not None or len(set(slots)) != len(slots):
             self._dispatch_merged(slots, positions, token_ids, logprobs)
+            return
+        get = self._lanes.get
+        for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
+            lane = get(slot)
+            if lane is not None:
+                try:
+                    lane.owner.on_tokens(lane, position, (token_id,), None)
+                except Exception:  # as in _give
+                    self._owner_failed(lane)
 
     def _dispatch_merged(self, slots: list[int], positions: list[int], token_ids: list[int], logprobs: _LogprobsByPosition | None) -> None:
         """Several steps in one frame: what belongs to one slot goes out in one call."""
@@ -156,15 +160,17 @@ class LaneTable:
                 lane.owner.on_tokens(lane, first_position, token_ids, complete if len(complete) == len(found) else None)
         except Exception:
             # Supervisor: one broken receiver must not end the streams of all others.
-            log.exception("owner_failed", request_id=lane.request_id, attempt=lane.attempt)
-            lane.owner.on_owner_failed(lane)
+            self._owner_failed(lane)
 
     def _guarded_finish(self, lane: Lane, finished: worker_pb2.Finished) -> None:
         try:
             lane.owner.on_finished(lane, finished)
-        except Exception:
-            log.exception("owner_failed", request_id=lane.request_id, attempt=lane.attempt)
-            lane.owner.on_owner_failed(lane)
+        except Exception:  # as in _give
+            self._owner_failed(lane)
+
+    def _owner_failed(self, lane: Lane) -> None:
+        log.exception("owner_failed", request_id=lane.request_id, attempt=lane.attempt)
+        lane.owner.on_owner_failed(lane)
 
 
 def _column(packed: bytes) -> list[int]:

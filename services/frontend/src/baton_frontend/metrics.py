@@ -1,5 +1,7 @@
 """Prometheus metrics of the frontend. GenAI names of OpenTelemetry, with the prefix and separators of Prometheus."""
 
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from baton_frontend.generation import GenerationEnd
@@ -7,6 +9,18 @@ from baton_frontend.openai_http import HttpRecord
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 180.0)
 _PER_TOKEN_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _OfModel:
+    """Metrics of one model, looked up once."""
+
+    prompt_tokens: Counter
+    cached_tokens: Counter
+    output_tokens: Counter
+    time_to_first_token: Histogram
+    time_per_output_token: Histogram
+    request_duration: Histogram
 
 
 class FrontendMetrics:
@@ -47,6 +61,7 @@ class FrontendMetrics:
         self.request_duration = Histogram(
             "baton_gen_ai_server_request_duration_seconds", "Request accepted to its end.", by_model, buckets=_SECONDS, registry=registry
         )
+        self._of_model: dict[str, _OfModel] = {}  # models are few: admission takes only known ones
         self.http_requests = Counter("baton_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=registry)
 
     def on_refused(self, reason: str) -> None:
@@ -56,15 +71,28 @@ class FrontendMetrics:
     def on_end(self, model: str, end: GenerationEnd, ttft_s: float | None, tpot_s: float | None, duration_s: float) -> None:
         """A generation ended. ttft_s, tpot_s: None if there is none."""
         self.requests.labels(outcome_of(end)).inc()
-        self.resumes.inc(end.resumed)
-        self.prompt_tokens.labels(model).inc(end.prompt_tokens)
-        self.cached_tokens.labels(model).inc(end.cached_tokens)
-        self.output_tokens.labels(model).inc(end.output_tokens)
+        if end.resumed:
+            self.resumes.inc(end.resumed)
+        of_model = self._of_model.get(model) or self._add_model(model)
+        of_model.prompt_tokens.inc(end.prompt_tokens)
+        of_model.cached_tokens.inc(end.cached_tokens)
+        of_model.output_tokens.inc(end.output_tokens)
         if ttft_s is not None:
-            self.time_to_first_token.labels(model).observe(ttft_s)
+            of_model.time_to_first_token.observe(ttft_s)
         if tpot_s is not None:
-            self.time_per_output_token.labels(model).observe(tpot_s)
-        self.request_duration.labels(model).observe(duration_s)
+            of_model.time_per_output_token.observe(tpot_s)
+        of_model.request_duration.observe(duration_s)
+
+    def _add_model(self, model: str) -> "_OfModel":
+        found = self._of_model[model] = _OfModel(
+            self.prompt_tokens.labels(model),
+            self.cached_tokens.labels(model),
+            self.output_tokens.labels(model),
+            self.time_to_first_token.labels(model),
+            self.time_per_output_token.labels(model),
+            self.request_duration.labels(model),
+        )
+        return found
 
     def on_call_end(self, record: HttpRecord) -> None:
         """See `HttpObserver`."""

@@ -16,7 +16,6 @@ from baton_frontend.generation import EndReason, Generation, GenerationEnd
 from baton_frontend.placement import Action, Ask, End, Placement, ReportPathDown, Role, StartAttempt, StopAttempt, Wake, Withdraw
 from baton_frontend.request_errors import AttemptsExhausted, EngineCrash, Overloaded
 
-_DECODE = Role.DECODE
 _PAIR_CAUSES = (worker_pb2.HANDOFF_FAILURE_CAUSE_PEER_FENCED, worker_pb2.HANDOFF_FAILURE_CAUSE_PATH_DOWN)
 # Causes after which the same other side may be tried again by this request.
 _PASSING_CAUSES = (worker_pb2.HANDOFF_FAILURE_CAUSE_PEER_CANCELLED, worker_pb2.HANDOFF_FAILURE_CAUSE_NOT_PINNED)
@@ -31,6 +30,10 @@ class Phase(enum.Enum):
     RUNNING = "running"  # placed; workers may send
     CANCELLING = "cancelling"  # cancelled; waits shortly for decode's usage
     ENDED = "ended"
+
+
+# Looking a member up in its enum costs as much as the rest of `Request.take` (CPython 3.11).
+_DECODE, _RUNNING = Role.DECODE, Phase.RUNNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Request:
         "_failures",
         "_generation",
         "_limits",
+        "_max_tokens",
         "_open",
         "_patience_until",
         "_refusals",
@@ -80,6 +84,7 @@ class Request:
 
     def __init__(self, generation: Generation, limits: RequestLimits) -> None:
         self._generation = generation
+        self._max_tokens = generation.max_tokens
         self._limits = limits
         self.phase = Phase.ROUTING
         self.attempt = 1
@@ -107,7 +112,7 @@ class Request:
     @property
     def remaining_tokens(self) -> int:
         """Output tokens still wanted."""
-        return self._generation.max_tokens - len(self.output)
+        return self._max_tokens - len(self.output)
 
     # --- placing
 
@@ -155,16 +160,17 @@ class Request:
         Returns: those to deliver now, each position once; empty if none is new; None if positions are missing before them
         (a bug of the worker): nothing was taken, call `gap`.
         """
-        if attempt != self.attempt or self.phase is not Phase.RUNNING or role is not _DECODE:
+        if attempt != self.attempt or self.phase is not _RUNNING or role is not _DECODE:
             return ()
-        expected = len(self.output)
+        output = self.output
+        expected = len(output)
         if first_position != expected:
             if first_position > expected:
                 return None
             token_ids = token_ids[expected - first_position :]
-        if len(token_ids) > self.remaining_tokens:
-            token_ids = token_ids[: max(0, self.remaining_tokens)]
-        self.output.extend(token_ids)
+        if expected + len(token_ids) > self._max_tokens:
+            token_ids = token_ids[: self._max_tokens - expected]
+        output.extend(token_ids)
         return token_ids
 
     def gap(self, attempt: int, role: Role) -> list[Action]:

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 
 from baton_runtime import semconv
-from baton_runtime.log import get_logger
 from baton_runtime.telemetry import traceparent
 from opentelemetry import trace
 from opentelemetry.context import Context
+from structlog.stdlib import BoundLogger
 
 from baton_frontend.generation import Generation, GenerationEnd
 from baton_frontend.metrics import FrontendMetrics, outcome_of
 from baton_frontend.placement import Placement
 
-log = get_logger(__name__)
 PROVIDER = "baton"
 
 
@@ -24,6 +23,7 @@ class RequestReport:
         "_first_token_at",
         "_generation",
         "_last_token_at",
+        "_log",
         "_metrics",
         "_question",
         "_request_id",
@@ -39,6 +39,7 @@ class RequestReport:
         generation: Generation,
         tracer: trace.Tracer,
         metrics: FrontendMetrics,
+        log: BoundLogger,
         clock: Callable[[], float],
         trace_context: Context | None,
     ) -> None:
@@ -46,6 +47,7 @@ class RequestReport:
         self._generation = generation
         self._tracer = tracer
         self._metrics = metrics
+        self._log = log
         self._clock = clock
         self._started_at = clock()
         self._first_token_at: float | None = None
@@ -88,7 +90,7 @@ class RequestReport:
         prefill = placement.prefill.instance_id if placement is not None and placement.prefill is not None else None
         self._close_span(end, attempts, decode, prefill)
         context = self._span.get_span_context()
-        log.info(
+        self._log.info(
             "request_finished",
             request_id=self._request_id,
             trace_id=f"{context.trace_id:032x}" if context.is_valid else None,

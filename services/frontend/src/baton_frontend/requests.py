@@ -23,8 +23,6 @@ from baton_frontend.request import RequestLimits
 from baton_frontend.route_client import RouteClient
 from baton_frontend.workers import Workers
 
-log = get_logger(__name__)
-
 TICK_S = 0.05
 ROUTE_LIMIT_CHECK_S = 1.0
 
@@ -65,6 +63,7 @@ class RequestManager:
         self.settings = settings
         self.clock = clock
         self.call_later = call_later
+        self.log = get_logger(__name__).bind()  # bound once: structlog's lazy proxy looks for its caller at every line
         self._incarnation = incarnation
         self._forget = forget
         self._numbers = itertools.count(1)
