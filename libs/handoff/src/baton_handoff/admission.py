@@ -71,7 +71,7 @@ class OfferQueue(Generic[W]):
 
     def due(self, now: float) -> Iterator[W]:
         """Those that may be offered now, in order."""
-        return iter([waiting for waiting in self._waiting if waiting.offered_at is None and waiting.retry_at <= now])
+        return (waiting for waiting in tuple(self._waiting) if waiting.offered_at is None and waiting.retry_at <= now)
 
     def offered(self, waiting: W, now: float) -> None:
         """A Begin is on its way."""
@@ -91,6 +91,10 @@ class OfferQueue(Generic[W]):
         while index < len(self._waiting) and self._waiting[index].key != waiting.key:
             index += 1
         del self._waiting[index : index + 1]
+
+    def awaiting_answer(self) -> Iterable[W]:
+        """Offers without an answer."""
+        return self._offered.values()
 
     def recently_offered(self, now: float) -> Iterable[W]:
         """Offers whose answer is still to be expected."""

@@ -281,7 +281,7 @@ class HandoffManager:
 
     def is_sink_in_use(self, incarnation: str) -> bool:
         """See LinkOwner."""
-        return any(handoff.is_begun for handoff in self._source.live_with(incarnation))
+        return self._source.is_begun_with(incarnation)
 
     def sink_lost(self, incarnation: str, *, is_closed: bool) -> None:
         """See LinkOwner."""

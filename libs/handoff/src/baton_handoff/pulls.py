@@ -11,6 +11,7 @@ from baton_runtime.log import get_logger
 from baton_handoff.actions import StartPull
 from baton_handoff.ids import FailureCause
 from baton_handoff.introductions import Introductions
+from baton_handoff.link import until_first
 from baton_handoff.transports import choose
 from baton_handoff.transports.base import ChecksumMismatch, PeerPool, PullFailed, PullStats, Transport, TransportUnavailable
 
@@ -34,8 +35,13 @@ class PullResult:
 @dataclass(slots=True, eq=False)
 class _Peer:
     pool: PeerPool | None = None
-    is_dropped: bool = False
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def drop(self) -> None:
+        self.dropped.set()
+        if self.pool is not None:
+            self.pool.drop()
 
 
 class Puller:
@@ -56,42 +62,68 @@ class Puller:
         return peer.pool.name if peer is not None and peer.pool is not None else ""
 
     def drop(self, incarnation: str) -> None:
-        """End running operations soon, and forget the pool. Idempotent."""
+        """End running operations soon, also those that are still opening the pool, and forget it. Idempotent."""
         peer = self._peers.pop(incarnation, None)
         if peer is not None:
-            peer.is_dropped = True
-            if peer.pool is not None:
-                peer.pool.drop()
+            peer.drop()
 
     async def run(self, start: StartPull) -> PullResult:
-        """Run one operation. When it returns or raises CancelledError, nothing writes to the destination any more."""
-        try:
+        """Run one operation. When it returns or raises CancelledError, nothing writes to the destination any more.
+
+        An operation that fails on a pool opened before it is run once more on a fresh one: the connection may have been cut
+        since the last operation, by the source or for another operation's sake, which says nothing about the path.
+        """
+        peer = self._peers.setdefault(start.peer_incarnation, _Peer())
+        was_open = peer.pool is not None
+        result, error = await self._attempt(peer, start)
+        if error is not None and was_open and not peer.dropped.is_set() and result.failure is FailureCause.PATH_DOWN:
             peer = self._peers.setdefault(start.peer_incarnation, _Peer())
-            pool = await self._opened(peer, start.peer_incarnation)
-            return PullResult(await pool.pull(start.source_ids, start.dest_ids))
-        except NoTransport as error:
-            return self._failed(start, FailureCause.NO_INTRODUCTION, error)
+            result, error = await self._attempt(peer, start)
+        if error is not None:
+            log.warning(
+                "pull_failed",
+                request_id=start.key.request_id,
+                peer=start.peer_incarnation,
+                cause=result.failure and result.failure.name,
+                why=error.message,
+            )
+        return result
+
+    async def _attempt(self, peer: _Peer, start: StartPull) -> tuple[PullResult, BatonError | None]:
+        try:
+            return PullResult(await self._pull(peer, start)), None
         except ChecksumMismatch as error:
-            return self._failed(start, FailureCause.DATA_LOSS, error)
+            return PullResult(failure=FailureCause.DATA_LOSS), error
+        except NoTransport as error:
+            return PullResult(failure=FailureCause.NO_INTRODUCTION), error
         except (PullFailed, TransportUnavailable) as error:
-            return self._failed(start, FailureCause.PATH_DOWN, error)
+            if self._peers.get(start.peer_incarnation) is peer:
+                del self._peers[start.peer_incarnation]  # the next operation opens it afresh
+            if peer.pool is not None:
+                peer.pool.drop()
+            return PullResult(failure=FailureCause.PATH_DOWN), error
 
-    def _failed(self, start: StartPull, cause: FailureCause, error: BatonError) -> PullResult:
-        log.warning("pull_failed", request_id=start.key.request_id, peer=start.peer_incarnation, cause=cause.name, why=error.message)
-        if cause is FailureCause.PATH_DOWN:
-            self.drop(start.peer_incarnation)  # the next operation opens it afresh
-        return PullResult(failure=cause)
-
-    async def _opened(self, peer: _Peer, incarnation: str) -> PeerPool:
+    async def _pull(self, peer: _Peer, start: StartPull) -> PullStats:
         async with peer.opening:
-            if peer.pool is None and not peer.is_dropped:
-                peer.pool = await self._open(incarnation)
-            if peer.is_dropped:
-                if peer.pool is not None:
-                    peer.pool.drop()
-                raise PullFailed("any", "the peer was dropped")
-            assert peer.pool is not None
-            return peer.pool
+            if peer.pool is None and not peer.dropped.is_set():
+                peer.pool = await self._open_unless_dropped(peer, start.peer_incarnation)
+        if peer.pool is None or peer.dropped.is_set():
+            raise PullFailed("any", "the peer was dropped")
+        return await peer.pool.pull(start.source_ids, start.dest_ids)
+
+    async def _open_unless_dropped(self, peer: _Peer, incarnation: str) -> PeerPool | None:
+        """None: the peer was dropped meanwhile. Blocks wait for this, so it is bounded in all and not only per transport."""
+        opened: list[PeerPool] = []
+
+        async def open_pool() -> None:
+            try:
+                async with asyncio.timeout(self._open_limit_s):
+                    opened.append(await self._open(incarnation))
+            except TimeoutError:
+                raise TransportUnavailable("any", f"not open after {self._open_limit_s} s") from None
+
+        await until_first(open_pool(), peer.dropped.wait())
+        return opened[0] if opened else None
 
     async def _open(self, incarnation: str) -> PeerPool:
         """The first transport that works, best first: shared memory may turn out not to be shared."""
@@ -101,18 +133,15 @@ class Puller:
         candidates = choose(self._transports, known.peer)
         if not candidates:
             ours, theirs = [t.name for t in self._transports], [offer.name for offer in known.peer.transports]
-            raise NoTransport(f"no transport in common: {ours} against {theirs}")
+            raise NoTransport(f"no transport can be used with the peer: {ours} against {theirs}")
         problems: list[str] = []
         for candidate in candidates:
             for secret in known.secrets:
                 try:
-                    async with asyncio.timeout(self._open_limit_s):
-                        pool = await candidate.transport.open_peer(known.peer, candidate.parameters, secret, self._own().incarnation)
+                    pool = await candidate.transport.open_peer(known.peer, candidate.parameters, secret, self._own().incarnation)
                 except TransportUnavailable as error:
                     problems.append(error.message)
-                except TimeoutError:
-                    problems.append(f"{candidate.transport.name}: not open after {self._open_limit_s} s")
                 else:
-                    log.info("peer_pool_opened", peer=incarnation, transport=pool.name, why=candidate.reason)
+                    log.info("peer_pool_opened", peer=incarnation, transport=pool.name, why=candidate.reason, problems=problems)
                     return pool
         raise TransportUnavailable("any", "; ".join(problems))

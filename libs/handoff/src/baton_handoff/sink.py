@@ -86,8 +86,9 @@ class SinkHandoff(Waiting):
 class SinkBook:
     """All handoffs for which this worker is the sink.
 
-    All its mutable state: `_live` by request_id (one attempt at a time), `_draining` and `_running` by operation number,
-    `_tombstones`, `_refused`. The table of a live handoff belongs to it; with Completed it goes over to the engine.
+    All its mutable state: `_live` by request_id (one attempt at a time), `_begun`, those of them that hold blocks, `_draining`
+    and `_running` by operation number, `_tombstones`, `_refused`. The table of a live handoff belongs to it; with Completed it
+    goes over to the engine.
     """
 
     def __init__(self, blocks: BlockManager, shape: KvShape, config: HandoffConfig) -> None:
@@ -97,6 +98,7 @@ class SinkBook:
         self._total_blocks = blocks.counts().total
         self._operation_blocks = max(1, config.operation_bytes // shape.block_bytes)
         self._live: dict[str, SinkHandoff] = {}
+        self._begun: dict[HandoffKey, SinkHandoff] = {}
         self._draining: dict[int, SinkHandoff] = {}
         self._running: dict[int, SinkHandoff] = {}
         self._last_operation = 0
@@ -119,7 +121,7 @@ class SinkBook:
 
     def num_tickets(self) -> int:
         """Handoffs that hold nothing yet."""
-        return sum(1 for handoff in self._live.values() if handoff.state is SinkState.TICKET)
+        return len(self._live) - len(self._begun)
 
     def live_with(self, incarnation: str) -> list[SinkHandoff]:
         """Handoffs with that source."""
@@ -127,7 +129,7 @@ class SinkBook:
 
     def begun_with(self, incarnation: str) -> list[HandoffKey]:
         """What a hello to that source lists. Tickets are left out: the source may not have their Start yet."""
-        return [handoff.key for handoff in self.live_with(incarnation) if handoff.state is SinkState.PULLING]
+        return [key for key, handoff in self._begun.items() if handoff.peer.incarnation == incarnation]
 
     # Events. Each returns what is to be done, in order.
 
@@ -201,8 +203,8 @@ class SinkBook:
 
     def link_up(self, incarnation: str, now: float) -> list[Action]:
         """The link to a source is up again, its hello has listed `begun_with`: repeat the Confirms that are open."""
-        for handoff in self.live_with(incarnation):
-            if handoff.asked > handoff.confirmed:
+        for handoff in self._begun.values():
+            if handoff.peer.incarnation == incarnation and handoff.asked > handoff.confirmed:
                 self._send(handoff, Confirm(handoff.key, handoff.asked, handoff.asked_tag))
         return self._done()
 
@@ -269,6 +271,7 @@ class SinkBook:
             return self._not_now(handoff, error.needed + keep_free, now)
         handoff.confirmed = handoff.asked = handoff.pulled = handoff.first
         handoff.state = SinkState.PULLING
+        self._begun[handoff.key] = handoff
         self._refused.forget(handoff)
         self._report(handoff, EventKind.BEGUN)
         return Accepted(handoff.first)
@@ -290,7 +293,7 @@ class SinkBook:
         free = self._config.max_pulls - len(self._running)
         if free <= 0:
             return
-        waiting = sorted((h for h in self._live.values() if h.is_pullable), key=lambda h: (h.priority, h.started_at))
+        waiting = sorted((h for h in self._begun.values() if h.is_pullable), key=lambda h: (h.priority, h.started_at))
         busy: dict[str, int] = {}
         for handoff in self._running.values():
             busy[handoff.peer.incarnation] = busy.get(handoff.peer.incarnation, 0) + 1
@@ -332,7 +335,7 @@ class SinkBook:
 
     def _complete(self, handoff: SinkHandoff, now: float) -> None:
         """From here on the table is the sequence's; the receiver of Completed starts the engine or releases it."""
-        del self._live[handoff.key.request_id]
+        del self._live[handoff.key.request_id], self._begun[handoff.key]
         handoff.state = SinkState.OVER
         self._tombstones.bury(handoff.key, Tombstone(Outcome.CONFIRMED, handoff.num_blocks, handoff.confirmed), now)
         self._report(handoff, EventKind.ENDED, Outcome.CONFIRMED)
@@ -358,7 +361,7 @@ class SinkBook:
     ) -> None:
         """The one way out without the KV. What was confirmed stays in the prefix cache; the rest is free at once, or when the
         running operation returns."""
-        was_begun = handoff.state is SinkState.PULLING
+        was_begun = self._begun.pop(handoff.key, None) is not None
         del self._live[handoff.key.request_id]
         self._refused.forget(handoff)
         refusal = "DRAINING" if tell == "DRAINING" else "CANCELLED"

@@ -69,8 +69,8 @@ class SourceHandoff(Waiting):
 class SourceBook:
     """All handoffs for which this worker is the source.
 
-    All its mutable state: `_live` by request_id (one attempt at a time), `_queue` (those queued or offered), `_tombstones`,
-    `_engine_runs` (sequences the engine has not ended) and `_linked` (peers, and whether offers may go to them).
+    All its mutable state: `_live` by request_id (one attempt at a time), of them `_queue` (queued or offered) and `_begun` (hold
+    blocks), `_tombstones`, `_engine_runs` (sequences the engine has not ended), `_linked` (peers, and whether offers may go out).
     """
 
     def __init__(self, blocks: BlockManager, shape: KvShape, config: HandoffConfig) -> None:
@@ -81,6 +81,7 @@ class SourceBook:
         self._total_blocks = blocks.counts().total
         self._live: dict[str, SourceHandoff] = {}
         self._queue: OfferQueue[SourceHandoff] = OfferQueue(config.times)
+        self._begun: dict[HandoffKey, SourceHandoff] = {}
         self._tombstones = Tombstones(config.times.tombstone_s)
         self._engine_runs: set[SequenceKey] = set()
         self._linked: dict[str, bool] = {}
@@ -101,6 +102,10 @@ class SourceBook:
     def live_with(self, incarnation: str) -> list[SourceHandoff]:
         """Handoffs with that sink."""
         return [handoff for handoff in self._live.values() if handoff.peer.incarnation == incarnation]
+
+    def is_begun_with(self, incarnation: str) -> bool:
+        """Whether we hold blocks for that sink."""
+        return any(handoff.peer.incarnation == incarnation for handoff in self._begun.values())
 
     def next_retry_at(self) -> float:
         """When the next offer that was told not now is due; infinity if none is."""
@@ -312,6 +317,7 @@ class SourceBook:
             self._end(handoff, EndReason.REFUSED, Outcome.FAILED, now, tell="NO_ROOM", error=facts)
             return
         handoff.state = SourceState.COMPUTING
+        self._begun[handoff.key] = handoff
         self._engine_runs.add(handoff.key.sequence)
         self._report(handoff, EventKind.BEGUN)
         self._out.append(StartEngine(handoff.key, replace(handoff.request, first_announced_block=handoff.first)))
@@ -375,6 +381,7 @@ class SourceBook:
         """The one way out. After it nothing is held but what the engine's running step still uses."""
         was_begun = handoff.is_begun
         self._queue.remove(handoff)
+        self._begun.pop(handoff.key, None)
         del self._live[handoff.key.request_id]
         self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.num_blocks, handoff.confirmed if was_begun else 0), now)
         if was_begun:
@@ -429,7 +436,7 @@ class SourceBook:
         block_tokens = self._shape.block_tokens
         computing = sum(
             self._counted(max(0, handoff.num_tokens - handoff.announced * block_tokens))
-            for handoff in self._live.values()
+            for handoff in self._begun.values()
             if handoff.state is SourceState.COMPUTING
         )
         return computing + sum(self._counted(handoff.num_tokens) for handoff in self._queue.recently_offered(now))
@@ -438,5 +445,6 @@ class SourceBook:
         if len(self._linked) < 2:
             return False
         peer = handoff.peer.incarnation
-        others = sum(other.num_blocks - other.confirmed for other in self.live_with(peer) if other.state is not SourceState.QUEUED)
+        holding = [*self._begun.values(), *self._queue.awaiting_answer()]
+        others = sum(other.num_blocks - other.confirmed for other in holding if other.peer.incarnation == peer)
         return others > 0 and others + handoff.num_blocks > self._config.peer_share * self._total_blocks
