@@ -334,3 +334,21 @@ def test_threads_leave_sound_books():
     assert errors == []
     manager.check()
     assert manager.counts().used == manager.counts().pinned == 0
+
+
+def test_unpublished_blocks_are_free_once_nobody_holds_them_and_never_published_again():
+    manager = BlockManager(8)
+    manager.acquire("a", [], 3)
+    for index, name in enumerate(chain("abc")):
+        manager.publish("a", index, name)
+    manager.acquire("b", chain("ab"), 4)
+    manager.drain_events()
+    manager.unpublish("b")
+    manager.publish("a", 0, chain("a")[0])
+    manager.check()
+    assert manager.match_prefix(chain("abc")) == 0
+    assert list(manager.drain_events().removed) == chain("ab")
+    manager.release("a")
+    manager.release("b")
+    manager.check()
+    assert (manager.counts().free, manager.counts().cached) == (7, 1)

@@ -413,6 +413,24 @@ def test_unattributed_step_failure_is_raised():
         bench.engine.step()
 
 
+def test_damaged_kv_is_never_a_prefix_hit_again():
+    """The blocks of a sequence that failed on its KV must be computed anew by whoever comes next, whatever its work."""
+    source, sink = virtual_engine(), virtual_engine()
+    tokens = tokens_of(17)
+    prefill(source, "a", tokens)
+    source.run()
+    source.engine.pool.data[source.ready_blocks("a")[1]] ^= 1
+    hand_over(source, sink, "a", tokens)
+    sink.run()
+    assert sink.end("a").reason is EndReason.ENGINE_ERROR
+    assert sink.blocks.match_prefix(hashes_of(tokens)) == 0
+    sink.engine.add(request_of("b", tokens, max_tokens=3))
+    sink.run()
+    assert sink.tokens("b") == expected(sink, tokens, 3)
+    assert sink.end("b").cached_tokens == 0
+    sink.blocks.check()
+
+
 def test_ended_sequences_leave_nothing_behind():
     bench = virtual_engine()
     for number in range(5):

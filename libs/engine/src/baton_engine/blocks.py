@@ -93,6 +93,7 @@ class BlockManager:
         self._pin_refs = [0] * num_blocks  # owners that pin it
         self._hash: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
+        self._distrusted: set[int] = set()  # held blocks whose contents may be wrong: never published again
         self._tables: dict[Hashable, _Table] = {}
         self._pins: dict[Hashable, _Pins] = {}
         self._reserved = 0
@@ -182,6 +183,17 @@ class BlockManager:
             if index >= table.committed:
                 raise ValueError("a reserved block is published by commit")
             self._publish(table, index, block_hash)
+
+    def unpublish(self, owner: Hashable) -> None:
+        """The contents of owner's blocks are not to be trusted: none of them is a reusable prefix any more, and each becomes
+        free when nobody holds it. Sequences that share them go on. Raises: KeyError.
+        """
+        with self._lock:
+            table = self._tables[owner]
+            for block in table.blocks:
+                self._distrusted.add(block)
+                if self._hash[block] is not None:
+                    self._unpublish(block)
 
     def table(self, owner: Hashable) -> Sequence[int]:
         """Block ids of owner, in order. Raises: KeyError."""
@@ -359,6 +371,7 @@ class BlockManager:
             self._let_go(block)
 
     def _let_go(self, block: int) -> None:
+        self._distrusted.discard(block)
         if self._hash[block] is None:
             self._free.append(block)
         else:
@@ -375,7 +388,7 @@ class BlockManager:
         if index == len(table.hashes):
             table.hashes.append(block_hash)
         block = table.blocks[index]
-        if block_hash in self._by_hash or self._hash[block] is not None:
+        if block_hash in self._by_hash or self._hash[block] is not None or block in self._distrusted:
             return
         self._hash[block] = block_hash
         self._by_hash[block_hash] = block
@@ -386,7 +399,7 @@ class BlockManager:
 
     def _unpublish(self, block: int) -> None:
         block_hash = self._hash[block]
-        assert block_hash is not None, "only published blocks are cached"
+        assert block_hash is not None, "only published blocks are unpublished"
         self._hash[block] = None
         del self._by_hash[block_hash]
         if block_hash in self._stored:

@@ -24,7 +24,7 @@ def _wrong_refs(manager: BlockManager, refs: Counter[int], pins: Counter[int]) -
             problems.append(f"block {block} is in {refs[block]} tables but counted {manager._refs[block]} times")
         if pins[block] != manager._pin_refs[block]:
             problems.append(f"block {block} has {pins[block]} pins but counted {manager._pin_refs[block]}")
-        if refs[block] > 1 and manager._hash[block] is None:
+        if refs[block] > 1 and manager._hash[block] is None and block not in manager._distrusted:
             problems.append(f"block {block} is unpublished and in {refs[block]} tables")
     for owner, table in manager._tables.items():
         if len(set(table.blocks)) != len(table.blocks):
@@ -45,6 +45,8 @@ def _wrong_states(manager: BlockManager, refs: Counter[int], pins: Counter[int],
         block_hash = manager._hash[block]
         if block_hash is not None and manager._by_hash.get(block_hash) != block:
             problems.append(f"block {block} has a hash that leads elsewhere")
+        if block in manager._distrusted and (block_hash is not None or not held):
+            problems.append(f"distrusted block {block} is published or not held")
         if free[block] and block_hash is not None:
             problems.append(f"free block {block} is published")
         if block in manager._cached and block_hash is None:

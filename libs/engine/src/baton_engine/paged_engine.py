@@ -262,6 +262,7 @@ class PagedEngine:
         if not guilty:
             raise failure
         for state in guilty:
+            self.blocks.unpublish(state.key)  # what failed it may lie in a block: the next request must compute, not hit
             self._end(state, EndReason.ENGINE_ERROR, message=str(failure))
 
     def _end(self, state: SequenceState, reason: EndReason, *, stop_token_id: int | None = None, message: str = "") -> None:
