@@ -117,6 +117,18 @@ async def test_hung_worker_is_fenced_by_its_silence(bench: Bench, worker: FakeWo
     assert sink.tokens == expected_output(PROMPT, 30)
 
 
+async def test_only_worker_unreachable_for_a_while_is_waited_for(bench: Bench, worker: FakeWorker) -> None:
+    await bench.ready(worker)
+    (client,) = bench.workers.clients()
+    sink, _ = bench.submit(max_tokens=30)
+    await sink.until(lambda: len(sink.tokens) > 5)
+    worker.is_silent = True
+    await until(lambda: client.is_fenced)
+    worker.is_silent = False
+    assert (await sink.end()).resumed == 1
+    assert sink.tokens == expected_output(PROMPT, 30)
+
+
 async def test_stuck_step_fences_though_beats_arrive(bench: Bench, worker: FakeWorker, other: FakeWorker) -> None:
     await bench.ready(worker)
     sink, _ = bench.submit(max_tokens=30)

@@ -81,7 +81,7 @@ def test_length_ends() -> None:
 def test_prefilled_only_frees_its_side() -> None:
     request = running()
     assert ended(request, Role.PREFILL, finish(pb.FINISH_REASON_PREFILLED)) == []
-    assert request.lost(1, Role.PREFILL, has_run=True) == []
+    assert request.lost(1, Role.PREFILL, NOW, has_run=True) == []
     assert request.phase is Phase.RUNNING
 
 
@@ -111,7 +111,7 @@ def test_tokens_beyond_max_tokens_are_not_delivered() -> None:
 def test_tokens_of_prefill_or_of_an_old_attempt_are_dropped() -> None:
     request = running()
     assert request.take(1, Role.PREFILL, 0, [5]) == ()
-    request.lost(1, Role.DECODE, has_run=True)
+    request.lost(1, Role.DECODE, NOW, has_run=True)
     request.placed(2, Placement(D1))
     assert request.take(1, Role.DECODE, 0, [5]) == ()
     assert request.take(2, Role.DECODE, 0, [6]) == [6]
@@ -142,18 +142,18 @@ def test_attempt_that_ends_early_is_resumed_from_the_delivered_tokens(reason: in
 
 def test_dead_decode_is_excluded() -> None:
     request = running()
-    assert request.lost(1, Role.DECODE, has_run=True) == [StopAttempt(1), Ask(2, ("d0",), is_resume=True)]
+    assert request.lost(1, Role.DECODE, NOW, has_run=True) == [StopAttempt(1), Ask(2, ("d0",), is_resume=True)]
 
 
 def test_dead_prefill_before_the_first_token_ends_the_attempt() -> None:
     request = running()
-    assert next_ask(request.lost(1, Role.PREFILL, has_run=True)).excluded == ("p0",)
+    assert next_ask(request.lost(1, Role.PREFILL, NOW, has_run=True)).excluded == ("p0",)
 
 
 def test_dead_prefill_after_the_first_token_changes_nothing() -> None:
     request = running()
     request.take(1, Role.DECODE, 0, [5])
-    assert request.lost(1, Role.PREFILL, has_run=True) == []
+    assert request.lost(1, Role.PREFILL, NOW, has_run=True) == []
     assert ended(request, Role.PREFILL, finish(pb.FINISH_REASON_UNKNOWN)) == []
 
 
@@ -184,18 +184,35 @@ def test_prefill_that_lost_a_dead_decode_excludes_decode() -> None:
 
 def test_two_deaths_under_a_request_fail_it() -> None:
     request = running()
-    request.lost(1, Role.DECODE, has_run=True)
+    request.lost(1, Role.DECODE, NOW, has_run=True)
     request.placed(2, Placement(D1))
-    end = end_of(request.lost(2, Role.DECODE, has_run=True))
+    end = end_of(request.lost(2, Role.DECODE, NOW, has_run=True))
     assert end.error is not None
     assert end.error.reason == "ENGINE_CRASH"
 
 
 def test_a_worker_that_never_got_the_start_did_not_die_under_the_request() -> None:
     request = running()
-    request.lost(1, Role.DECODE, has_run=False)
+    request.lost(1, Role.DECODE, NOW, has_run=False)
     request.placed(2, Placement(D1))
-    assert next_ask(request.lost(2, Role.DECODE, has_run=True)).attempt == 3
+    assert next_ask(request.lost(2, Role.DECODE, NOW, has_run=True)).attempt == 3
+
+
+def test_placements_that_never_start_cost_time_not_attempts() -> None:
+    request = running()
+    request.lost(1, Role.DECODE, NOW, has_run=True)
+    now = NOW
+    while now < NOW + LIMITS.resume_patience_s - 2:
+        assert request.phase is Phase.ROUTING
+        request.placed(request.attempt, Placement(D1))
+        actions = request.lost(request.attempt, Role.DECODE, now, has_run=False)
+        if isinstance(actions[-1], Wake):
+            now = actions[-1].at
+            request.woken(now)
+    assert 20 < request.attempt < 60
+    request.placed(request.attempt, Placement(D1))
+    late = request.lost(request.attempt, Role.DECODE, now + LIMITS.resume_patience_s, has_run=False)
+    assert isinstance(end_of(late).error, Unavailable)
 
 
 def test_death_a_peer_told_of_counts_once_we_see_it_too() -> None:
@@ -203,13 +220,13 @@ def test_death_a_peer_told_of_counts_once_we_see_it_too() -> None:
     ended(request, Role.DECODE, finish(pb.FINISH_REASON_HANDOFF_FAILED, pb.HANDOFF_FAILURE_CAUSE_PEER_FENCED), healthy=False)
     assert request.died("p0") == []
     request.placed(2, Placement(D1))
-    assert end_of(request.lost(2, Role.DECODE, has_run=True)).reason == "failed"
+    assert end_of(request.lost(2, Role.DECODE, NOW, has_run=True)).reason == "failed"
 
 
 def test_both_workers_of_one_attempt_dying_together_is_one_crash() -> None:
     request = running()
-    request.lost(1, Role.DECODE, has_run=True)
-    assert request.lost(1, Role.PREFILL, has_run=True) == []
+    request.lost(1, Role.DECODE, NOW, has_run=True)
+    assert request.lost(1, Role.PREFILL, NOW, has_run=True) == []
     assert request.died("p0") == []
     assert request.phase is Phase.ROUTING
 
@@ -227,13 +244,13 @@ def test_attempts_are_bounded() -> None:
 def test_lost_last_word_after_the_last_token_is_the_end() -> None:
     request = running(max_tokens=2)
     request.take(1, Role.DECODE, 0, [5, 6])
-    assert end_of(request.lost(1, Role.DECODE, has_run=True)).reason == "length"
+    assert end_of(request.lost(1, Role.DECODE, NOW, has_run=True)).reason == "length"
 
 
 def test_lost_last_word_after_a_stop_token_is_the_end() -> None:
     request = running(stop_token_ids=(6,))
     request.take(1, Role.DECODE, 0, [5, 6])
-    end = end_of(request.lost(1, Role.DECODE, has_run=True))
+    end = end_of(request.lost(1, Role.DECODE, NOW, has_run=True))
     assert (end.reason, end.stop_token_id) == ("stop", 6)
 
 
@@ -280,7 +297,7 @@ def test_router_overload_refuses_new_work_at_once() -> None:
 
 def test_router_overload_makes_a_resume_wait() -> None:
     request = running()
-    request.lost(1, Role.DECODE, has_run=True)
+    request.lost(1, Role.DECODE, NOW, has_run=True)
     assert request.refused(2, "OVERLOADED", "full", 200, NOW) == [Wake(NOW + 0.2)]
 
 
@@ -294,7 +311,7 @@ def test_no_instance_is_waited_for_and_then_a_503() -> None:
             now = actions[0].at
             request.woken(now)
     assert isinstance(end_of(actions).error, Unavailable)
-    assert now - NOW == pytest.approx(LIMITS.new_patience_s, abs=0.1)
+    assert 0.5 * LIMITS.new_patience_s < now - NOW <= LIMITS.new_patience_s
 
 
 # --- cancel and deadline
@@ -400,7 +417,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(back=st.integers(0, 2), role=ROLES, has_run=st.booleans())
     def lost(self, back: int, role: Role, has_run: bool) -> None:
-        self.do(self.request.lost(self.attempt(back), role, has_run=has_run))
+        self.do(self.request.lost(self.attempt(back), role, self.now, has_run=has_run))
 
     @rule(incarnation=st.sampled_from(["p0", "p1", "d0", "d1"]))
     def died(self, incarnation: str) -> None:
@@ -453,11 +470,11 @@ class AnyOrder(RuleBasedStateMachine):
             if self.request.phase is Phase.ROUTING:
                 self.do(self.request.refused(self.request.attempt, "NO_INSTANCE", "", 0, self.now))
             elif self.request.phase is Phase.RUNNING:
-                self.do(self.request.lost(self.request.attempt, Role.DECODE, has_run=False))
+                self.do(self.request.lost(self.request.attempt, Role.DECODE, self.now, has_run=False))
             else:
                 self.do(self.request.woken(self.now))
         raise AssertionError("the request does not end")
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=300, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -130,6 +130,19 @@ async def test_resumes_are_paced_and_lose_nothing() -> None:
         await worker.close()
 
 
+async def test_timer_that_fires_early_still_wakes_a_waiting_request() -> None:
+    """As uvloop's do, by up to a millisecond."""
+    async with running_bench(timer_share=0.9) as bench:
+        worker = await FakeWorker("decode-0", "d0").open()
+        await bench.ready(worker)
+        worker.refuse_with = worker_pb2.FINISH_REASON_REFUSED
+        sink, _ = bench.submit()
+        await worker.until(lambda: len(worker.starts) >= 3)
+        worker.refuse_with = None
+        assert (await sink.end()).reason == "length"
+        await worker.close()
+
+
 async def test_end_is_one_log_line_and_the_metrics(bench: Bench, worker: FakeWorker) -> None:
     with capture_logs() as logs:
         sink, handle = bench.submit(max_tokens=5)

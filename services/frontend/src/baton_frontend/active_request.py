@@ -103,8 +103,9 @@ class ActiveRequest:
     def _on_deadline(self) -> None:
         self._do(self.request.expire())
 
-    def _on_wake(self) -> None:
-        self._do(self.request.woken(self._manager.clock()))
+    def _on_wake(self, at: float) -> None:
+        # A loop's timers fire up to a millisecond early; there is only this one call.
+        self._do(self.request.woken(max(at, self._manager.clock())))
 
     # --- LaneOwner
 
@@ -141,7 +142,7 @@ class ActiveRequest:
 
     def on_lost(self, lane: Lane, reason: str) -> None:
         """See `LaneOwner`."""
-        self._do(self.request.lost(lane.attempt, lane.role, has_run=lane.is_sent))
+        self._do(self.request.lost(lane.attempt, lane.role, self._manager.clock(), has_run=lane.is_sent))
 
     def on_owner_failed(self, lane: Lane) -> None:
         """See `LaneOwner`."""
@@ -263,11 +264,11 @@ class ActiveRequest:
                 continue
             client = self._manager.workers.client_for(target)
             if client is None:
-                return self.request.lost(action.attempt, role, has_run=False)
+                return self.request.lost(action.attempt, role, now, has_run=False)
             try:
                 self._lanes.append((client, client.start(self, role, self._start_message(role, action, now))))
             except QueueFull:
-                return self.request.lost(action.attempt, role, has_run=False)
+                return self.request.lost(action.attempt, role, now, has_run=False)
         return []
 
     def _start_message(self, role: Role, action: StartAttempt, now: float) -> worker_pb2.Start:
@@ -296,7 +297,7 @@ class ActiveRequest:
     def _wake(self, at: float) -> None:
         if self._wake_timer is not None:
             self._wake_timer.cancel()
-        self._wake_timer = self._manager.call_later(max(0.0, at - self._manager.clock()), self._on_wake)
+        self._wake_timer = self._manager.call_later(max(0.0, at - self._manager.clock()), lambda: self._on_wake(at))
 
     def _end(self, end: GenerationEnd) -> None:
         for timer in (self._deadline_timer, self._wake_timer):

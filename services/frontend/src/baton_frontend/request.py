@@ -69,9 +69,9 @@ class Request:
         "_max_tokens",
         "_open",
         "_patience_until",
-        "_refusals",
         "_retry_after_s",
         "_suspects",
+        "_waits",
         "_wake_at",
         "attempt",
         "first_position",
@@ -98,7 +98,7 @@ class Request:
         self._suspects: dict[str, int] = {}  # incarnation a peer called dead -> attempt; counts once we fence it too
         self._crashed_attempts: set[int] = set()
         self._failures = 0
-        self._refusals = 0
+        self._waits = 0  # since an attempt last ran
         self._retry_after_s = 0.0
         self._patience_until: float | None = None
         self._cached_tokens: int | None = None
@@ -214,7 +214,7 @@ class Request:
             case _:
                 return self._attempt_failed(reason_name(reason))
 
-    def lost(self, attempt: int, role: Role, *, has_run: bool) -> list[Action]:
+    def lost(self, attempt: int, role: Role, now: float, *, has_run: bool) -> list[Action]:
         """The worker of this side is fenced, or cannot take the Start. has_run: the Start had left for it."""
         if attempt != self.attempt or role not in self._open or self.phase not in (Phase.RUNNING, Phase.CANCELLING):
             return []
@@ -223,7 +223,9 @@ class Request:
             return self._finish("cancelled") if role is Role.DECODE else []
         if role is Role.PREFILL and len(self.output) > self.first_position:
             return []
-        return self._attempt_failed("worker_lost", exclude=self._incarnation(role), has_crashed=has_run)
+        if not has_run:
+            return self._place_elsewhere(role, 0.0, Unavailable("the chosen worker cannot be reached"), now)
+        return self._attempt_failed("worker_lost", exclude=self._incarnation(role), has_crashed=True)
 
     def died(self, incarnation: str) -> list[Action]:
         """We have fenced this worker: if a peer of it said so first, the attempt it was running counts as crashed now."""
@@ -302,15 +304,21 @@ class Request:
         return actions + self._attempt_failed(cause, exclude=prefill)
 
     def _attempt_refused(self, role: Role, retry_after_ms: int, now: float) -> list[Action]:
-        """A worker had the last word. First elsewhere at once; only where it refused before, or nowhere else, after its time."""
+        error = Overloaded("", max(retry_after_ms, round(MIN_RETRY_S * 1000)))
+        return self._place_elsewhere(role, retry_after_ms / 1000, error, now)
+
+    def _place_elsewhere(self, role: Role, retry_after_s: float, error: BatonError, now: float) -> list[Action]:
+        """A placement came to nothing: not a failure, and bounded in time, not in number.
+
+        First elsewhere at once; only where it was turned away before, or nowhere else, after a while.
+        """
         incarnation = self._incarnation(role)
-        has_refused_before = incarnation in self._excluded
-        self._refusals += 1
+        has_been_there = incarnation in self._excluded
         stop = StopAttempt(self.attempt)
         self._next_attempt(incarnation)
-        self._retry_after_s = max(retry_after_ms / 1000, self._retry_after_s)
-        error = Overloaded("", max(retry_after_ms, round(MIN_RETRY_S * 1000)))
-        if has_refused_before or self._refusals >= self._limits.max_attempts:
+        self.phase = Phase.WAITING
+        self._retry_after_s = max(retry_after_s, self._retry_after_s)
+        if has_been_there:
             return [stop, *self._wait(self._retry_after_s, error, now)]
         if self._is_out_of_patience(now):
             return [stop, *self._fail(error)]
@@ -328,7 +336,7 @@ class Request:
         if self._failures >= self._limits.max_attempts:
             return self._fail(AttemptsExhausted(self._failures, cause))
         stop = StopAttempt(self.attempt)
-        self._patience_until = None
+        self._patience_until, self._waits = None, 0
         self.resumed += 1
         self._next_attempt(exclude)
         self.phase = Phase.ROUTING
@@ -357,7 +365,8 @@ class Request:
         return now + delay_s > self._patience_until
 
     def _wait(self, retry_after_s: float, error: BatonError, now: float) -> list[Action]:
-        delay_s = min(MAX_RETRY_S, max(MIN_RETRY_S, retry_after_s))
+        delay_s = min(MAX_RETRY_S, max(MIN_RETRY_S * 2 ** min(self._waits, 10), retry_after_s))
+        self._waits += 1
         if self._is_out_of_patience(now, delay_s):
             return self._fail(error)
         self.phase, self._wake_at = Phase.WAITING, now + delay_s

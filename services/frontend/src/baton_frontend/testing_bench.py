@@ -104,9 +104,13 @@ async def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> Non
 
 @asynccontextmanager
 async def running_bench(
-    settings: ManagerSettings | None = None, times: AttachTimes = QUICK_TIMES, tracer: trace.Tracer | None = None
+    settings: ManagerSettings | None = None,
+    times: AttachTimes = QUICK_TIMES,
+    tracer: trace.Tracer | None = None,
+    timer_share: float = 1.0,
 ) -> AsyncIterator[Bench]:
-    """A manager that ticks, without workers at first."""
+    """A manager that ticks, without workers at first. timer_share: timers fire after this share of their delay."""
+    loop = asyncio.get_running_loop()
     workers = Workers(Identity("frontend-0", "f" * 16), time.monotonic, times)
     routes = RouteClient(time.monotonic, QUICK_ROUTES)
     registry = CollectorRegistry()
@@ -118,11 +122,11 @@ async def running_bench(
         metrics=FrontendMetrics(registry),
         settings=settings or ManagerSettings(),
         clock=time.monotonic,
-        call_later=asyncio.get_running_loop().call_later,
+        call_later=lambda delay_s, callback: loop.call_later(delay_s * timer_share, callback),
     )
     is_open = asyncio.Event()
     # A task of its own holds the group: pytest enters and leaves fixtures in different tasks, which a TaskGroup does not survive.
-    holder = asyncio.get_running_loop().create_task(_hold(workers, routes, manager, is_open))
+    holder = loop.create_task(_hold(workers, routes, manager, is_open))
     await is_open.wait()
     try:
         yield Bench(manager, workers, routes, registry)
