@@ -197,7 +197,8 @@ class HandoffManager:
         """Our own loop stood still, or we stop: every peer has given us up or will. All handoffs end."""
         if not self._is_open:
             return
-        log.warning("fencing_all_peers", reason=reason, num_handoffs=self.live_handoffs())
+        level = log.warning if self._peers.clients or self.servicer.peers or self.live_handoffs() else log.debug
+        level("fencing_all_peers", reason=reason, num_handoffs=self.live_handoffs())
         self._last_tick = self._clock()  # at once: fencing calls back
         for incarnation in {*self._peers.clients, *(handoff.peer.incarnation for handoff in self._sink.live)}:
             self._peers.fence_source(incarnation, FailureCause.PEER_FENCED, FenceReason.LOOP_STALL, is_news=False)

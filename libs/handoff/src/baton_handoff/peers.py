@@ -126,7 +126,7 @@ class Peers:
         client = self.clients.pop(incarnation, None)
         if client is not None:
             client.close()
-            log.warning("source_fenced", peer=incarnation, instance_id=client.peer.instance_id, cause=cause.name, reason=reason)
+            log.warning("source_fenced", peer=incarnation, peer_instance_id=client.peer.instance_id, cause=cause.name, reason=reason)
             self._metrics.fenced("sink", reason)
         self.puller.drop(incarnation)
         self._owner.source_over(incarnation, cause)
