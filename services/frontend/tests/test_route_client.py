@@ -157,6 +157,19 @@ async def test_dead_router_that_comes_back_is_asked_again(fleet: Fleet) -> None:
     assert len(back.queries) == 1
 
 
+async def test_router_that_is_back_in_a_moment_is_not_bypassed(fleet: Fleet) -> None:
+    await fleet.open(1)
+    (link,) = fleet.bench.routes.links
+    router = fleet.routers[0]
+    port = router.address.rpartition(":")[2]
+    await router.close()
+    await until(lambda: not link.is_live)
+    sink, _ = fleet.bench.submit()
+    await router.open(f"127.0.0.1:{port}")
+    await sink.end()
+    assert len(router.queries) == 1
+
+
 async def test_vanished_record_of_a_live_router_changes_nothing(fleet: Fleet) -> None:
     await fleet.open(1)
     fleet.bench.show(fleet.decode, fleet.prefill)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from baton_frontend.requests import RequestManager
 
 log = get_logger(__name__)
+RETURN_CHECK_S = 0.02
 
 
 class ActiveRequest:
@@ -183,8 +184,8 @@ class ActiveRequest:
         manager = self._manager
         link = manager.routes.choose(self._generation.model)
         if link is None:
-            # Not at once: the caller may be `submit`, which never calls a sink.
-            manager.call_later(0.0, lambda: self._fall_back(ask))
+            # Never at once: the caller may be `submit`, which calls no sink.
+            manager.call_later(RETURN_CHECK_S if manager.routes.is_returning() else 0.0, lambda: self._fall_back(ask))
             return
         now = manager.clock()
         query_id = manager.routes.next_query_id()
@@ -209,6 +210,9 @@ class ActiveRequest:
 
     def _fall_back(self, ask: Ask) -> None:
         if self.request.phase is not Phase.ROUTING or ask.attempt != self.request.attempt or self._query is not None:
+            return
+        if self._manager.routes.choose(self._generation.model) is not None or self._manager.routes.is_returning():
+            self.ask_now(ask)
             return
         placement = self._manager.workers.fallback(self._generation.model, ask.excluded)
         if placement is None:

@@ -34,6 +34,7 @@ class RouteTimes:
     probe_s: float = 1.0
     first_retry_s: float = 0.05
     retry_s: float = 0.5
+    return_s: float = 0.2  # a router that was lost or found less than this ago may be about to answer
 
 
 class QueryOwner(Protocol):
@@ -66,7 +67,12 @@ class RouterLink:
         self._fenced: list[str] = []
         self._wake = asyncio.Event()
         self._probe_wanted = asyncio.Event()
-        self._last_heard = clock()
+        self._last_heard = self._down_since = clock()
+
+    @property
+    def is_returning(self) -> bool:
+        """Not live, but lost or found only a moment ago."""
+        return not self.is_live and self._clock() - self._down_since < self._times.return_s
 
     @property
     def num_open(self) -> int:
@@ -148,7 +154,8 @@ class RouterLink:
         return was_live
 
     def _end_session(self) -> dict[int, QueryOwner]:
-        self.is_live = False
+        if self.is_live:
+            self.is_live, self._down_since = False, self._clock()
         lost, self._open = self._open, {}
         for pending in (self._queries, self._withdrawn, self._ended, self._paths_down, self._fenced):
             pending.clear()
@@ -248,6 +255,10 @@ class RouteClient:
         """The live router for a model, one that drains only if there is no other; None if there is none."""
         live = [link for link in self._links.values() if link.is_live]
         return min(live, key=lambda link: (link.is_draining, rendezvous(model, link.instance_id))) if live else None
+
+    def is_returning(self) -> bool:
+        """Whether some router may be live again in a moment."""
+        return any(link.is_returning for link in self._links.values())
 
     def tick(self, now: float) -> None:
         """Watch open questions; forget routers that are neither listed nor live. Call every 50 ms."""

@@ -253,12 +253,12 @@ class FakeRouter(router_grpc.RouterServiceServicer):
         """All questions so far."""
         return [query for request in self.requests for query in request.queries]
 
-    async def open(self) -> "FakeRouter":
+    async def open(self, address: str = "127.0.0.1:0") -> "FakeRouter":
         """Serve."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         router_grpc.add_RouterServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(self), self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        port = self._server.add_insecure_port(address)
         await self._server.start()
         self.address = f"127.0.0.1:{port}"
         return self
