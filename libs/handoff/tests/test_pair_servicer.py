@@ -178,3 +178,15 @@ async def test_eof_of_a_link_in_use_is_a_break(source: TestWorker, monkeypatch: 
         await call.read()
         await call.done_writing()
         await wait_until(lambda: source.metric("baton_handoff_fences_total", role="source", reason="stream_broken") == 1)
+
+
+async def test_sink_learns_of_an_end_that_comes_with_the_welcome(source: TestWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC cannot send a status if the first write was cancelled under way; the sink would wait until it fences us."""
+
+    def end_at_once(incarnation: str, secret: bytes, listed: object) -> None:
+        session = source.manager.servicer.peers[incarnation].session
+        assert session is not None
+        session.end("at once")
+
+    monkeypatch.setattr(source.manager, "sink_linked", end_at_once)
+    assert await code_after(source, hello(source)) == (grpc.StatusCode.UNAVAILABLE, "at once")

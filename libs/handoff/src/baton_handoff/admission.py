@@ -49,13 +49,14 @@ def check_start(tombstones: Tombstones, request: EngineRequest, num_blocks: int,
 class OfferQueue(Generic[W]):
     """Handoffs of a source that no sink has accepted, oldest first; batch requests count as younger by the ageing time.
 
-    All its state: `_waiting`, sorted, and `_offered`, those of them whose answer is awaited.
+    All its state: `_waiting`, sorted; of them `_offered`, whose answer is awaited, and `_told_not_now`, who wait for their retry_at.
     """
 
     def __init__(self, times: Times) -> None:
         self._times = times
         self._waiting: list[W] = []
         self._offered: dict[HandoffKey, W] = {}
+        self._told_not_now: dict[HandoffKey, W] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -76,6 +77,7 @@ class OfferQueue(Generic[W]):
     def offered(self, waiting: W, now: float) -> None:
         """A Begin is on its way."""
         waiting.offered_at = now
+        self._told_not_now.pop(waiting.key, None)
         self._offered[waiting.key] = waiting
 
     def offer_answered(self, waiting: W, retry_at: float) -> None:
@@ -83,10 +85,12 @@ class OfferQueue(Generic[W]):
         waiting.offered_at = None
         waiting.retry_at = retry_at
         self._offered.pop(waiting.key, None)
+        self._told_not_now[waiting.key] = waiting
 
     def remove(self, waiting: W) -> None:
         """Accepted, or over. Idempotent."""
         self._offered.pop(waiting.key, None)
+        self._told_not_now.pop(waiting.key, None)
         index = bisect.bisect_left(self._waiting, self._order(waiting), key=self._order)
         while index < len(self._waiting) and self._waiting[index].key != waiting.key:
             index += 1
@@ -102,7 +106,7 @@ class OfferQueue(Generic[W]):
 
     def next_retry_at(self) -> float:
         """When the next of those that wait for it is due; infinity if none waits."""
-        return min((waiting.retry_at for waiting in self._waiting if waiting.offered_at is None and waiting.retry_at), default=float("inf"))
+        return min((waiting.retry_at for waiting in self._told_not_now.values()), default=float("inf"))
 
     def _order(self, waiting: W) -> float:
         return waiting.started_at + (self._times.batch_ageing_s if waiting.priority is Priority.BATCH else 0.0)

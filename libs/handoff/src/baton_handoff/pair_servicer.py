@@ -94,6 +94,9 @@ class PairServicer(HandoffServiceServicer):
         try:
             listed = [wire.key_from_proto(handoff) for handoff in hello.handoffs]
             self._owner.sink_linked(session.incarnation, hello.pair_secret, listed)
+            # Not in the writer's task: were the first write cancelled under way, gRPC could not send a status any more
+            # (GRPC_CALL_ERROR_TOO_MANY_OPERATIONS), and the sink would wait for one until it fences us.
+            await context.write(self._welcome())
             await until_first(
                 self._read(context, session), self._write(context, session), session.ending.wait(), session.queue.is_overrun.wait()
             )
@@ -147,6 +150,10 @@ class PairServicer(HandoffServiceServicer):
             peer.watch.lost(self._owner.notice())
         self._owner.sink_lost(session.incarnation, is_closed=session.is_closed_by_sink)
 
+    def _welcome(self) -> pb.PairResponse:
+        welcome = pb.PairWelcome(contract_version=wire.CONTRACT_VERSION, incarnation=self._own().incarnation)
+        return pb.PairResponse(beat=wire.beat_to_proto(self._owner.engine_beat()), welcome=welcome)
+
     async def _read(self, context: _Context, session: SinkSession) -> None:
         while True:
             request = await context.read()
@@ -173,6 +180,4 @@ class PairServicer(HandoffServiceServicer):
         async def write(message: Message | None) -> None:
             await context.write(wire.response_to_proto(message, self._owner.engine_beat()))
 
-        welcome = pb.PairWelcome(contract_version=wire.CONTRACT_VERSION, incarnation=self._own().incarnation)
-        await context.write(pb.PairResponse(beat=wire.beat_to_proto(self._owner.engine_beat()), welcome=welcome))
         await session.queue.write_all(write, self._config.times.beat_s)

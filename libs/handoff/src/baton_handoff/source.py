@@ -429,7 +429,7 @@ class SourceBook:
 
     def _counted(self, num_tokens: int) -> int:
         # A quarter at most, so that some short prompts can be begun beside a long one and overtake it in the engine.
-        return min(num_tokens, self._config.look_ahead_tokens // 4)
+        return min(num_tokens, max(1, self._config.look_ahead_tokens // 4))
 
     def _ahead_tokens(self, now: float) -> int:
         """Tokens begun and not computed; offers count only while an answer is to be expected, or one hung sink would stop all."""
