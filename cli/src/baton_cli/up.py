@@ -97,8 +97,7 @@ def environment_of(options: Options, service: str, instance_id: str, etcd: str) 
             settings["profile"] = options.profile
     if service == "frontend":
         settings["http_listen"] = f"{options.host}:{options.port}"
-    quiet = {"GRPC_VERBOSITY": "ERROR"}  # a peer's death is our event, not a line of the library's
-    return {f"BATON_{service.upper()}_{name.upper()}": value for name, value in settings.items()} | quiet | options.environment
+    return {f"BATON_{service.upper()}_{name.upper()}": value for name, value in settings.items()} | options.environment
 
 
 def plan(options: Options, etcd: str) -> list[Child]:

@@ -1,1 +1,3 @@
 """Pulls KV and generates tokens."""
+
+import baton_runtime  # noqa: F401 - before anything imports grpc: it settles how gRPC treats forks and stderr
