@@ -12,10 +12,14 @@ from baton_runtime.testing import EtcdProcess
 SERVICE = "baton.probe.v1.Probe"
 
 
+STARTS_PROCESSES = ("test_discovery_etcd", "test_lifecycle", "test_testing")
+
+
 @pytest.hookimpl(optionalhook=True)
-def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, object]:
-    """Tests run on the loop services run on."""
-    return {"uvloop": uvloop.new_event_loop}
+def pytest_asyncio_loop_factories(config: object, item: pytest.Item) -> dict[str, object]:
+    """Tests run on the loop services run on, but for those that start processes: uvloop forks where subprocess uses vfork, and the
+    fork of a process with gRPC threads crashes or hangs in the child now and then. No service starts one."""
+    return {"asyncio": asyncio.new_event_loop} if item.path.stem in STARTS_PROCESSES else {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ class EtcdProcess:
 
     data_dir: kept after the end if given, else a temporary one. port: of the client URL; 0: any free one, the same after a restart.
     die_with_parent: killed by the kernel when this process ends in whatever way (Linux).
+    Start it on asyncio's own loop: uvloop forks, which is not safe beside gRPC's threads.
     """
 
     def __init__(self, data_dir: Path | None = None, port: int = 0, *, die_with_parent: bool = True, fsync: bool = False) -> None:
