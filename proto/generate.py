@@ -40,7 +40,7 @@ def generate(out: Path) -> None:
 def differences(made: Path, committed: Path) -> list[str]:
     """Names of generated files that are missing or differ between the two trees."""
     names = {p.relative_to(made) for p in made.rglob("*") if p.is_file()}
-    names |= {p.relative_to(committed) for p in committed.rglob("*_pb2*.py*")}
+    names |= {p.relative_to(committed) for p in committed.rglob("*_pb2*") if p.suffix in (".py", ".pyi")}
     return sorted(
         str(n)
         for n in names
