@@ -668,6 +668,24 @@ def test_slow_sink_holds_back_only_its_own_work() -> None:
     walk.world.settle()
 
 
+def test_large_request_waiting_for_its_peers_share_is_not_overtaken_by_that_peers_small_ones() -> None:
+    walk = Walk(num_blocks=20, sinks=2)
+    walk.begin("first")  # four of the ten blocks that d0 may have
+    walk.world.submit("large", tuple(range(20, 37)), Priority.INTERACTIVE)  # eight
+    walk.world.place("large", "p0", "d0")
+    walk.world.submit("small", (50, 51, 52), Priority.INTERACTIVE)
+    walk.world.place("small", "p0", "d0")
+    walk.world.submit("elsewhere", (60, 61, 62), Priority.INTERACTIVE)
+    walk.world.place("elsewhere", "p0", "d1")
+    walk.arrive()
+    states = {handoff.key.request_id: handoff.state for handoff in walk.p.source.live}
+    assert states["large"] is SourceState.QUEUED
+    assert states["small"] is SourceState.QUEUED
+    assert states["elsewhere"] is SourceState.OFFERED
+    walk.world.settle()
+    assert len(walk.world.completions) == 4
+
+
 def test_suspect_sink_gets_no_new_offers() -> None:
     walk = Walk()
     walk.world.perform(walk.p, walk.p.source.suspect("d0.1", True, walk.world.now))

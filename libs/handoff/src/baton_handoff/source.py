@@ -272,10 +272,15 @@ class SourceBook:
         if self._is_draining or not len(self._queue):
             return
         ahead = self._ahead_tokens(now)
+        held_back: set[str] = set()  # peers whose oldest waits for its share: its younger ones would eat what it waits for
         for handoff in self._queue.due(now):
             if ahead >= self._config.look_ahead_tokens:
                 return
-            if not self._linked.get(handoff.peer.incarnation) or self._is_over_share(handoff):
+            peer = handoff.peer.incarnation
+            if not self._linked.get(peer) or peer in held_back:
+                continue
+            if self._is_over_share(handoff):
+                held_back.add(peer)
                 continue
             if not self._blocks.can_hold(self._queue.offered_blocks + handoff.num_blocks):
                 return  # nobody overtakes for lack of our own room, or the largest would wait for ever
