@@ -635,6 +635,28 @@ def test_sink_pulls_interactive_before_batch() -> None:
     walk.world.settle()
 
 
+def test_batch_that_has_aged_is_pulled_before_younger_interactive_ones() -> None:
+    walk = Walk(num_blocks=16)
+    walk.begin("first", (9, 9, 9, 9, 9))
+    walk.begin("second", (8, 8, 8, 8, 8))
+    batch = walk.place("batch", (1, 2, 3, 4, 5), Priority.BATCH)
+    walk.arrive()
+    walk.world.pass_time(walk.world.config.times.batch_ageing_s + 1)
+    interactive = walk.place("interactive", (5, 4, 3, 2, 1))
+    walk.arrive()
+    walk.talk()
+    for _ in range(4):
+        walk.step()
+        walk.talk()
+    assert len(walk.d.pulls) == 2  # all a peer may have
+    walk.copy()
+    walk.world.pull_seen("d0")
+    running = [pull.start.key for pull in walk.d.pulls.values()]
+    assert batch in running
+    assert interactive not in running
+    walk.world.settle()
+
+
 def test_confirmed_handoff_can_be_asked_again_for_sixty_seconds() -> None:
     walk = Walk()
     key = walk.complete("r")

@@ -33,6 +33,11 @@ class Waiting:
 W = TypeVar("W", bound=Waiting)
 
 
+def age_order(waiting: Waiting, times: Times) -> float:
+    """Sort key, oldest first: batch requests count as younger by the ageing time, so that none waits for ever."""
+    return waiting.started_at + (times.batch_ageing_s if waiting.priority is Priority.BATCH else 0.0)
+
+
 def check_start(tombstones: Tombstones, request: EngineRequest, num_blocks: int, total_blocks: int, *, is_draining: bool) -> None:
     """Raises: Draining, StaleAttempt, InvalidArgument: this Start is not taken."""
     if is_draining:
@@ -109,7 +114,7 @@ class OfferQueue(Generic[W]):
         return min((waiting.retry_at for waiting in self._told_not_now.values()), default=float("inf"))
 
     def _order(self, waiting: W) -> float:
-        return waiting.started_at + (self._times.batch_ageing_s if waiting.priority is Priority.BATCH else 0.0)
+        return age_order(waiting, self._times)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from baton_engine.errors import CacheFull
 from baton_runtime.errors import BatonError, Draining, QueueFull
 
 from baton_handoff.actions import Action, Completed, Ended, Report, Send, StartPull
-from baton_handoff.admission import OldestRefused, Waiting, check_start
+from baton_handoff.admission import OldestRefused, Waiting, age_order, check_start
 from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import (
     ConfirmAnswer,
@@ -289,11 +289,11 @@ class SinkBook:
             handoff.cached_tokens = message.cached_tokens
 
     def _start_pulls(self) -> None:
-        """Start what may run, interactive before batch, then oldest first, within the limits in all and per peer."""
+        """Start what may run, oldest first, batch ones as if younger, within the limits in all and per peer."""
         free = self._config.max_pulls - len(self._running)
         if free <= 0:
             return
-        waiting = sorted((h for h in self._begun.values() if h.is_pullable), key=lambda h: (h.priority, h.started_at))
+        waiting = sorted((h for h in self._begun.values() if h.is_pullable), key=lambda h: age_order(h, self._config.times))
         busy: dict[str, int] = {}
         for handoff in self._running.values():
             busy[handoff.peer.incarnation] = busy.get(handoff.peer.incarnation, 0) + 1
