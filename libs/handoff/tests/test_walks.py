@@ -343,6 +343,17 @@ def test_link_closed_by_an_idle_sink_puts_offers_back_into_the_queue() -> None:
     assert key in walk.world.completions
 
 
+def test_link_closed_while_draining_hands_offers_back() -> None:
+    walk = Walk()
+    key = walk.place()
+    walk.world.deliver_pending()
+    assert walk.source(key).state is SourceState.OFFERED
+    walk.world.drain("p0")
+    walk.world.perform(walk.p, walk.p.source.link_closed("d0.1", walk.world.now))
+    assert walk.end(key, Side.SOURCE).reason is EndReason.REFUSED
+    assert not walk.p.source.live
+
+
 def test_path_down_fails_tickets_with_that_cause() -> None:
     walk = Walk()
     key = walk.place()

@@ -231,8 +231,7 @@ class SourceBook:
             if handoff.is_begun:
                 self._fail(handoff, FailureCause.PEER_CANCELLED, now)
             elif handoff.state is SourceState.OFFERED:
-                handoff.state = SourceState.QUEUED
-                self._queue.offer_answered(handoff, retry_at=now)
+                self._back_to_queue(handoff, now, retry_at=now)
         return self._done(now)
 
     def suspect(self, incarnation: str, is_suspect: bool, now: float) -> list[Action]:
@@ -292,6 +291,13 @@ class SourceBook:
         self._queue.offered(handoff, now)
         self._send(handoff, Begin(handoff.key, handoff.num_tokens, handoff.num_blocks, handoff.traceparent))
 
+    def _back_to_queue(self, handoff: SourceHandoff, now: float, *, retry_at: float) -> None:
+        """The sink has not taken it. While draining nothing is offered any more, so it is placed elsewhere."""
+        handoff.state = SourceState.QUEUED
+        self._queue.offer_answered(handoff, retry_at)
+        if self._is_draining:
+            self._hand_back(handoff, now)
+
     def _begin_reply(self, handoff: SourceHandoff, reply: BeginReply, now: float) -> None:
         if handoff.state is not SourceState.OFFERED:
             return
@@ -299,10 +305,7 @@ class SourceBook:
         if isinstance(answer, Refused):
             self._fail(handoff, FailureCause.PEER_CANCELLED, now)
         elif isinstance(answer, NotNow):
-            handoff.state = SourceState.QUEUED
-            self._queue.offer_answered(handoff, retry_at=now + answer.retry_after_ms / 1e3)
-            if self._is_draining:
-                self._hand_back(handoff, now)
+            self._back_to_queue(handoff, now, retry_at=now + answer.retry_after_ms / 1e3)
         else:
             self._accepted(handoff, answer, now)
 
