@@ -385,3 +385,16 @@ async def test_close_while_pulling_releases_everything() -> None:
         assert d.holds_nothing()
         assert d.ends["r"].cause is FailureCause.PEER_FENCED
         await wait_until(p.holds_nothing)
+
+
+async def test_start_the_own_engine_would_refuse_ends_invalid_at_once() -> None:
+    async with make_pair(num_blocks=5) as pair:
+        pair.d.decode("long", range(21), pair.p)  # its KV would fit, the token drawn would not
+        assert pair.d.ends["long"].reason is EndReason.INVALID
+        too_large = [1, 2, 3, pair.p.engine.info.vocab_size]
+        pair.p.prefill("strange", too_large, pair.d)
+        pair.d.decode("strange", too_large, pair.p)
+        assert pair.p.ends["strange"].reason is EndReason.INVALID
+        assert pair.d.ends["strange"].reason is EndReason.INVALID
+        assert not pair.p.manager.live_handoffs()
+        assert not pair.d.manager.live_handoffs()

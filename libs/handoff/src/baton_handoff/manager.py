@@ -15,6 +15,7 @@ import numpy.typing as npt
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
 from baton_engine.api import Engine, EngineBeat, EngineRequest, StepOutput
+from baton_engine.paged_engine import check_request
 from baton_engine.pool import BlockLayout
 from baton_runtime.discovery import View
 from baton_runtime.errors import BatonError, InvalidArgument, StaleAttempt, Unavailable
@@ -136,6 +137,7 @@ class HandoffManager:
         now = self.notice()
         key = HandoffKey(request.key.request_id, request.key.attempt, decode.incarnation)
         try:
+            self._check(request)
             actions = self._source.start(request, decode, traceparent, now)
         except BatonError as error:
             return on_end(_refused(error, decode))
@@ -166,6 +168,7 @@ class HandoffManager:
             return on_end(_not_introduced(prefill, "no kvtransfer can be reached, and none has introduced the pair before"))
         key = HandoffKey(request.key.request_id, request.key.attempt, self._own().incarnation)
         try:
+            self._check(request)
             actions = self._sink.start(request, prefill, traceparent, now)
         except BatonError as error:
             return on_end(_refused(error, prefill))
@@ -319,6 +322,10 @@ class HandoffManager:
     def peer_down(self, incarnation: str, reason: str) -> None:
         """See PeersOwner."""
         self.books.peer_down(incarnation, reason)
+
+    def _check(self, request: EngineRequest) -> None:
+        """What our engine would refuse is refused before anything is offered or moved. Raises: InvalidArgument, SequenceTooLong."""
+        check_request(request, self._engine.info, self._engine.pool.num_blocks * self._layout.block_tokens)
 
     # Performing.
 
