@@ -505,6 +505,17 @@ def test_lost_answer_that_everything_is_cached_comes_from_the_tombstone() -> Non
     assert walk.end(key, Side.SOURCE).reason is EndReason.PREFILLED
 
 
+def test_sink_that_says_it_has_more_than_any_cache_can_hold_fails_the_handoff() -> None:
+    walk = Walk()
+    key = walk.place("r", (*LONG, 10))  # nine tokens to hand over: four full blocks and one of one token
+    walk.world.deliver_pending()
+    assert walk.say_to_source(BeginReply(key, Accepted(5))) == [CancelHandoff(key, "UNKNOWN_BLOCKS")]
+    end = walk.end(key, Side.SOURCE)
+    assert (end.reason, end.cause, end.confirmed_tokens) == (EndReason.HANDOFF_FAILED, FailureCause.DATA_LOSS, 0)
+    assert walk.empty(walk.p)
+    walk.world.settle()
+
+
 def test_answers_that_come_twice_change_nothing() -> None:
     walk = Walk()
     key = walk.half()

@@ -310,8 +310,11 @@ class SourceBook:
             self._accepted(handoff, answer, now)
 
     def _accepted(self, handoff: SourceHandoff, answer: Accepted, now: float) -> None:
+        if answer.first_block > len(handoff.hashes):  # only full blocks have hashes: no cache has what it says it has
+            self._fail(handoff, FailureCause.DATA_LOSS, now, tell="UNKNOWN_BLOCKS")
+            return
         self._queue.remove(handoff)
-        handoff.first = handoff.confirmed = min(answer.first_block, handoff.num_blocks)
+        handoff.first = handoff.confirmed = answer.first_block
         if handoff.first == handoff.num_blocks:
             handoff.state = SourceState.COMPUTED
             self._report(handoff, EventKind.BEGUN)
@@ -371,9 +374,9 @@ class SourceBook:
     def _hand_back(self, handoff: SourceHandoff, now: float) -> None:
         self._end(handoff, EndReason.REFUSED, Outcome.CANCELLED, now, tell="DRAINING", error=Unavailable("the instance is draining"))
 
-    def _fail(self, handoff: SourceHandoff, cause: FailureCause, now: float) -> None:
+    def _fail(self, handoff: SourceHandoff, cause: FailureCause, now: float, tell: str = "") -> None:
         outcome = {FailureCause.PEER_FENCED: Outcome.FENCED, FailureCause.DATA_LOSS: Outcome.DATA_LOSS}.get(cause, Outcome.CANCELLED)
-        self._end(handoff, EndReason.HANDOFF_FAILED, outcome, now, cause=cause)
+        self._end(handoff, EndReason.HANDOFF_FAILED, outcome, now, tell=tell, cause=cause)
 
     def _end(
         self,
