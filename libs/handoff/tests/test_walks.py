@@ -516,6 +516,26 @@ def test_sink_that_says_it_has_more_than_any_cache_can_hold_fails_the_handoff() 
     walk.world.settle()
 
 
+def test_accepted_for_a_handoff_that_is_over_makes_the_sink_release() -> None:
+    walk = Walk()
+    key = walk.place()
+    walk.arrive()
+    link = walk.world.links["d0", "p0"]
+    begin = link.down[0]
+    walk.world.perform(walk.p, walk.p.source.cancel("r", 1, "CLIENT_GONE", walk.world.now))
+    link.down.clear()  # its CancelHandoff is lost ...
+    link.down.append(begin)  # ... and the Begin is not
+    walk.talk()
+    assert walk.end(key, Side.SINK).cause is FailureCause.PEER_CANCELLED
+    assert walk.empty(walk.d)
+
+
+def test_accepted_for_a_confirmed_handoff_is_left_alone() -> None:
+    walk = Walk()
+    key = walk.complete("r")
+    assert walk.say_to_source(BeginReply(key, Accepted(4))) == []
+
+
 def test_answers_that_come_twice_change_nothing() -> None:
     walk = Walk()
     key = walk.half()

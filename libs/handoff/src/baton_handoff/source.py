@@ -149,7 +149,7 @@ class SourceBook:
             return []  # a sink speaks for its own handoffs only
         if isinstance(message, Confirm):
             self._out.append(Send(peer_incarnation, ConfirmReply(message.key, message.end_block, self._confirm(handoff, message, now))))
-        elif handoff is not None and isinstance(message, BeginReply):
+        elif isinstance(message, BeginReply):
             self._begin_reply(handoff, message, now)
         elif handoff is not None and isinstance(message, CancelHandoff):
             self._fail(handoff, FailureCause.PEER_CANCELLED, now)
@@ -298,10 +298,14 @@ class SourceBook:
         if self._is_draining:
             self._hand_back(handoff, now)
 
-    def _begin_reply(self, handoff: SourceHandoff, reply: BeginReply, now: float) -> None:
+    def _begin_reply(self, handoff: SourceHandoff | None, reply: BeginReply, now: float) -> None:
+        answer = reply.answer
+        if handoff is None:
+            if isinstance(answer, Accepted) and not self._was_confirmed(reply.key):  # it has reserved; our CancelHandoff was lost
+                self._out.append(Send(reply.key.decode_incarnation, CancelHandoff(reply.key, "UNKNOWN")))
+            return
         if handoff.state is not SourceState.OFFERED:
             return
-        answer = reply.answer
         if isinstance(answer, Refused):
             self._fail(handoff, FailureCause.PEER_CANCELLED, now)
         elif isinstance(answer, NotNow):
