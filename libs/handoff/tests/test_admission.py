@@ -45,7 +45,8 @@ def test_offered_and_not_due_ones_are_left_out() -> None:
     assert queue.offered_blocks == 2
     queue.offer_answered(first, retry_at=2.5)
     assert names(queue, 2.4) == ["b"]
-    assert queue.next_retry_at() == 2.5
+    assert queue.next_retry_at(2.4) == 2.5
+    assert queue.next_retry_at(2.5) == float("inf")
     assert names(queue, 2.5) == ["a", "b"]
 
 

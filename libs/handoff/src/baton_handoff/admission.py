@@ -109,9 +109,10 @@ class OfferQueue(Generic[W]):
         """Offers whose answer is still to be expected."""
         return [waiting for waiting in self._offered.values() if now - (waiting.offered_at or 0.0) < ANSWER_EXPECTED_S]
 
-    def next_retry_at(self) -> float:
-        """When the next of those that wait for it is due; infinity if none waits."""
-        return min((waiting.retry_at for waiting in self._told_not_now.values()), default=float("inf"))
+    def next_retry_at(self, now: float) -> float:
+        """When the next of those that wait for it is due, later than now; infinity if none waits. Those already due wait for something
+        else (room, their link), which is an event of its own."""
+        return min((at for waiting in self._told_not_now.values() if (at := waiting.retry_at) > now), default=float("inf"))
 
     def _order(self, waiting: W) -> float:
         return age_order(waiting, self._times)

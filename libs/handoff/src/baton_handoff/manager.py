@@ -340,7 +340,7 @@ class HandoffManager:
                 self._perform_one(self._todo.popleft())
         finally:
             self._is_performing = False
-        if self._source.next_retry_at() < self._sleeps_until:
+        if self._next_due(self._clock()) < self._sleeps_until:
             self._wake.set()
 
     def _perform_one(self, action: Action) -> None:
@@ -443,12 +443,15 @@ class HandoffManager:
             self._perform(self._sink.tick(now))
             self.stranded_bytes()
             self._wake.clear()
-            self._sleeps_until = min(now + self._config.times.tick_s, max(self._source.next_retry_at(), now + MIN_SLEEP_S))
+            self._sleeps_until = min(now + self._config.times.tick_s, self._next_due(now))
             try:
                 async with asyncio.timeout(self._sleeps_until - now):
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    def _next_due(self, now: float) -> float:
+        return max(self._source.next_retry_at(now), now + MIN_SLEEP_S)
 
     def _spawn(self, work: "asyncio._CoroutineLike[None]", name: str) -> None:
         task: asyncio.Task[None] = self._tasks.create_task(work, name=name)

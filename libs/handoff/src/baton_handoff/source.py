@@ -107,9 +107,9 @@ class SourceBook:
         """Whether we hold blocks for that sink."""
         return any(handoff.peer.incarnation == incarnation for handoff in self._begun.values())
 
-    def next_retry_at(self) -> float:
-        """When the next offer that was told not now is due; infinity if none is."""
-        return self._queue.next_retry_at()
+    def next_retry_at(self, now: float) -> float:
+        """When, after now, the next offer that was told not now is due; infinity if none is."""
+        return self._queue.next_retry_at(now)
 
     # Events. Each returns what is to be done, in order.
 
