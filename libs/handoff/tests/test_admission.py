@@ -111,6 +111,17 @@ def test_forgotten_ticket_keeps_nobody_out() -> None:
     assert refused.room_kept_from(waiting("young", 2.0), 11.1) == 0
 
 
+def test_first_is_the_oldest_of_the_highest_class_that_was_refused_for_a_second() -> None:
+    tickets = [waiting("batch", 9.0, Priority.BATCH), waiting("old", 9.5), waiting("young", 10.0)]
+    refused = OldestRefused(TIMES)
+    for ticket in tickets:
+        refused.refuse(ticket, 5, 10.0)
+        refused.refuse(ticket, 5, 10.9)
+    assert not any(refused.is_first(ticket, 10.9) for ticket in tickets)
+    assert [refused.is_first(ticket, 11.1) for ticket in tickets] == [False, True, False]
+    assert not refused.is_first(tickets[1], 12.5)  # offered no more
+
+
 def request(num_tokens: int, attempt: int = 1) -> EngineRequest:
     return EngineRequest(SequenceKey("r", attempt), array("I", range(num_tokens)), num_tokens, b"r" * 16, Work.PREFILL_ONLY)
 

@@ -444,6 +444,22 @@ def test_large_ticket_is_not_starved_by_small_ones() -> None:
     walk.world.settle()
 
 
+def test_ticket_of_nearly_the_whole_pool_fits_beside_a_running_sequence_once_room_is_kept_for_it() -> None:
+    walk = Walk(num_blocks=40)  # two are kept free for growth
+    walk.d.blocks.acquire(SequenceKey("own", 1), [], 2)
+    key = walk.place("large", tuple(range(100, 175)))  # 37 of the 38 blocks that are left
+    walk.arrive()
+    walk.talk()
+    assert walk.sink(key).state is SinkState.TICKET
+    for _ in range(12):
+        walk.world.pass_time(0.1)
+        walk.talk()
+    assert walk.sink(key).state is SinkState.PULLING
+    walk.d.blocks.release(SequenceKey("own", 1))
+    walk.world.settle()
+    assert key in walk.world.completions
+
+
 def test_source_without_room_offers_nothing() -> None:
     walk = Walk(num_blocks=8)
     walk.p.blocks.acquire(SequenceKey("own", 1), [], 6)

@@ -162,6 +162,11 @@ class OldestRefused:
         ]
         return min(older)[1] if older else 0
 
+    def is_first(self, ticket: Waiting, now: float) -> bool:
+        """Whether it is the ticket that room is kept for: of those refused for long, of the highest class, the oldest."""
+        active = (other for other, refusals in self._refusals.values() if self._is_active(refusals, now))
+        return ticket is min(active, key=lambda other: (self._rank(other, now), other.started_at), default=None)
+
     def _goes_before(self, other: Waiting, ticket: Waiting, now: float) -> bool:
         return other.started_at < ticket.started_at and self._rank(other, now) <= self._rank(ticket, now)
 

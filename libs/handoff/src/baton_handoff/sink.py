@@ -264,7 +264,8 @@ class SinkBook:
         kept = self._refused.room_kept_from(handoff, now)
         if kept and not self._blocks.can_hold(handoff.num_blocks + kept):
             return self._not_now(handoff, handoff.num_blocks, now)
-        keep_free = self._blocks.growth_headroom
+        # Waived for the one that room is kept for: else one of nearly the whole pool would wait until nothing runs here at all.
+        keep_free = 0 if self._refused.is_first(handoff, now) else self._blocks.growth_headroom
         try:
             handoff.first = self._blocks.reserve(handoff.key.sequence, handoff.hashes, handoff.num_blocks, keep_free=keep_free)
         except CacheFull as error:
