@@ -208,7 +208,8 @@ def print_next_steps(console: Console, url: str, options: Options) -> None:
     console.print(
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'", highlight=False, soft_wrap=True
     )
-    console.print(f"  baton chat '{question}'\n  baton status\n  baton down          (or Ctrl-C)\n", highlight=False)
+    baton = sys.argv[0] if sys.argv[0].endswith("/baton") else "baton"  # as the user typed it: the environment may not be on PATH
+    console.print(f"  {baton} chat '{question}'\n  {baton} status\n  {baton} down          (or Ctrl-C)\n", highlight=False)
     if options.model == demo_model() and options.engine == "torch":
         console.print(
             "This is a demonstration model: it recalls the facts you write, nothing else. Your own: --model FOLDER", highlight=False
