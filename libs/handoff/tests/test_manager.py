@@ -398,3 +398,11 @@ async def test_start_the_own_engine_would_refuse_ends_invalid_at_once() -> None:
         assert pair.d.ends["strange"].reason is EndReason.INVALID
         assert not pair.p.manager.live_handoffs()
         assert not pair.d.manager.live_handoffs()
+
+
+async def test_closing_worker_fences_with_that_reason() -> None:
+    async with make_pair() as pair:
+        pair.place()
+        await wait_until(lambda: "r" in pair.d.completions)
+    assert pair.d.metric("baton_handoff_fences_total", role="sink", reason="closing") == 1
+    assert pair.d.metric("baton_handoff_fences_total", role="sink", reason="loop_stall") == 0

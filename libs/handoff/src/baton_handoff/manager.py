@@ -120,7 +120,7 @@ class HandoffManager:
         """Fence everybody, wait until no operation of ours writes any more, end all tasks. Idempotent."""
         if not self._is_open:
             return
-        self.fence_all("CLOSING")
+        self.fence_all(FenceReason.CLOSING)
         self._is_open = False
         self.servicer.close()
         self.books.close()
@@ -197,16 +197,17 @@ class HandoffManager:
             self._perform(self._source.engine_ended(end, now))
 
     def fence_all(self, reason: str) -> None:
-        """Our own loop stood still, or we stop: every peer has given us up or will. All handoffs end."""
+        """Our own loop stood still, or we stop: every peer has given us up or will. All handoffs end. reason: a FenceReason."""
         if not self._is_open:
             return
+        why = FenceReason(reason)
         level = log.warning if self._peers.clients or self.servicer.peers or self.live_handoffs() else log.debug
-        level("fencing_all_peers", reason=reason, num_handoffs=self.live_handoffs())
+        level("fencing_all_peers", reason=why, num_handoffs=self.live_handoffs())
         self._last_tick = self._clock()  # at once: fencing calls back
         for incarnation in {*self._peers.clients, *(handoff.peer.incarnation for handoff in self._sink.live)}:
-            self._peers.fence_source(incarnation, FailureCause.PEER_FENCED, FenceReason.LOOP_STALL, is_news=False)
+            self._peers.fence_source(incarnation, FailureCause.PEER_FENCED, why, is_news=False)
         for incarnation in {*self.servicer.peers, *(handoff.peer.incarnation for handoff in self._source.live)}:
-            self._peers.fence_sink(incarnation, FenceReason.LOOP_STALL, is_news=False)
+            self._peers.fence_sink(incarnation, why, is_news=False)
 
     def set_draining(self) -> None:
         """Refuse new Starts, hand back what has not begun, finish the rest."""
@@ -251,7 +252,7 @@ class HandoffManager:
         """See LinkOwner. After a stall everything else would be judged by times that mean nothing."""
         now = self._clock()
         if self._is_open and now - self._last_tick > self._config.times.stall_s:
-            self.fence_all("LOOP_STALL")
+            self.fence_all(FenceReason.LOOP_STALL)
         return now
 
     def source_link_opened(self, incarnation: str) -> None:

@@ -15,13 +15,14 @@ class PeerState(enum.Enum):
 
 
 class FenceReason(enum.StrEnum):
-    """Why a peer was fenced; the values go into PeerDown.reason."""
+    """Why a peer was fenced; the values go into PeerDown.reason, except the last two: they say nothing about the peer."""
 
     SILENT = "SILENT"
     STEP_STUCK = "STEP_STUCK"
     STREAM_BROKEN = "STREAM_BROKEN"
     REPLACED = "REPLACED"
     LOOP_STALL = "LOOP_STALL"
+    CLOSING = "CLOSING"
 
 
 @dataclass(frozen=True, slots=True)
