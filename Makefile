@@ -11,7 +11,7 @@ UP ?=
 MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-alone check format lint types proto proto-check ci clean
+.PHONY: help up test test-unit test-e2e test-slow test-alone check format lint types proto proto-check ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -33,13 +33,16 @@ up: $(VENV)/.ready ## start Baton: five services, etcd, the demo model (MODEL=fo
 	@$(BIN)/baton up $(if $(MODEL),--model $(MODEL)) $(UP)
 
 test: $(VENV)/.ready ## every test: units of all members, then real processes
-	$(BIN)/pytest $(addsuffix /tests,$(MEMBERS)) tests
+	$(BIN)/pytest -m "not slow" $(addsuffix /tests,$(MEMBERS)) tests
 
 test-unit: $(VENV)/.ready ## the members' own tests
-	$(BIN)/pytest $(addsuffix /tests,$(MEMBERS))
+	$(BIN)/pytest -m "not slow" $(addsuffix /tests,$(MEMBERS))
 
 test-e2e: $(VENV)/.ready ## tests with real processes
-	$(BIN)/pytest tests
+	$(BIN)/pytest -m "not slow" tests
+
+test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (about five minutes)
+	$(BIN)/pytest -m slow $(addsuffix /tests,$(MEMBERS)) tests
 
 test-alone: $(VENV)/.ready ## build each service from its declared dependencies alone and run its tests there
 	$(BIN)/python tests/alone/build_alone.py

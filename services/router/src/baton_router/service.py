@@ -49,7 +49,10 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
 
     async def _write(self, outbox: Outbox[pb.Answer], context: grpc.aio.ServicerContext[pb.RouteRequest, pb.RouteResponse]) -> None:
         while answers := await outbox.get_batch(BATCH_ANSWERS):
-            await context.write(pb.RouteResponse(answers=answers))
+            try:
+                await context.write(pb.RouteResponse(answers=answers))
+            except grpc.aio.InternalError:
+                return  # the frontend left in the middle of the write
 
     def _handle(self, request: pb.RouteRequest, outbox: Outbox[pb.Answer], placements: dict[int, int]) -> None:
         now = time.monotonic()

@@ -347,6 +347,18 @@ class World:
         for end in output.ends:
             self.perform(process, process.source.engine_ended(end, self.now))
 
+    def own_work(self, name: str) -> None:
+        """Sequences of the process's own use every block it may use, write to them, and are over."""
+        process = self.processes[name]
+        counts = process.blocks.counts()
+        if process.is_stopped or not counts.free + counts.cached:
+            return
+        owner = SequenceKey("own", 1)
+        process.blocks.acquire(owner, [], counts.free + counts.cached)
+        for block in process.blocks.table(owner):
+            process.memory[block] = (-1,)
+        process.blocks.release(owner)
+
     def pull_block(self, name: str, operation: int) -> None:
         """The transport's thread copies one more block, whatever the loop does."""
         process = self.processes[name]
@@ -381,10 +393,10 @@ class World:
 
     # Progress.
 
-    def enabled(self) -> list[Callable[[], None]]:
+    def enabled(self, *, with_frontend: bool = True) -> list[Callable[[], None]]:
         """Every single step that would bring something forward now, in a fixed order. For choosing among them at random."""
         steps: list[Callable[[], None]] = []
-        for index, (incarnation, _) in enumerate(self.frontend.pending):
+        for index, (incarnation, _) in enumerate(self.frontend.pending if with_frontend else ()):
             process = self.find(incarnation)
             if process is None or not process.is_stopped:
                 steps.append(partial(self.deliver_pending, index))
