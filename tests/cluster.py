@@ -171,6 +171,7 @@ async def cluster(
                     await child.start()
                 for child in children:
                     await made.ready(child.name)
+                await until("the routers hear all workers", lambda: up.routers_are_open(made.view, options.counts), READY_LIMIT_S)
                 made.url = f"http://{made.instance('frontend-0').http_address}"
                 yield made
         finally:

@@ -12,6 +12,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+import aiohttp
 import click
 import psutil
 from baton_contracts.discovery.v1 import instance_pb2 as pb
@@ -24,6 +25,7 @@ from baton_cli.processes import Child, Supervisor, say
 
 STOP_LIMIT_S = 4.0  # Ctrl-C ends everything within 5 s; the rest is for etcd and the terminal
 NAMESPACE = "/baton/v1"
+_METRICS_LIMIT = aiohttp.ClientTimeout(total=2.0)
 
 SERVICES = {
     "kvtransfer": pb.SERVICE_KVTRANSFER,
@@ -181,9 +183,31 @@ async def _bring_up(options: Options, supervisor: Supervisor, etcd: str, console
                         f"{slow.name} was not ready within {options.ready_limit_s:g} s; the end of {slow.log}:\n{slow.last_lines()}"
                     )
                 await asyncio.sleep(0.05)
+            status.update("connecting")
+            while not supervisor.stopping.is_set() and not await routers_are_open(view, options.counts):
+                if time.monotonic() > deadline:
+                    raise click.ClickException(f"the routers do not hear the workers; see {options.folder / 'logs'}")
+                await asyncio.sleep(0.05)
     finally:
         await discovery.close()
     return url
+
+
+async def routers_are_open(view: View, counts: dict[str, int]) -> bool:
+    """Whether every router hears every worker: only then is a request placed as it will always be."""
+    wanted = counts["prefill"] + counts["decode"]
+    routers = [i.metrics_address for i in view.instances.values() if i.service == pb.SERVICE_ROUTER]
+    return all([await _open_workers(address) >= wanted for address in routers])
+
+
+async def _open_workers(metrics_address: str) -> float:
+    """A router's gauge of workers that may get work; 0 if it does not answer."""
+    try:
+        async with aiohttp.ClientSession(timeout=_METRICS_LIMIT) as session, session.get(f"http://{metrics_address}/metrics") as response:
+            lines = (await response.text()).splitlines()
+    except (aiohttp.ClientError, TimeoutError):
+        return 0
+    return next((float(line.split()[1]) for line in lines if line.startswith("baton_router_open_workers ")), 0)
 
 
 def _find(view: View, child: Child) -> pb.Instance | None:

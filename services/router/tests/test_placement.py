@@ -200,3 +200,11 @@ def test_speed_is_fitted_from_steps() -> None:
         speed.add(tokens, 5_000 + 15 * tokens)
     assert speed.predict_us(1000) == pytest.approx(20_000, rel=0.02)
     assert speed.predict_us(0) == 0
+
+
+def test_only_workers_that_may_get_work_count_as_open() -> None:
+    house = House()
+    prefill, _ = house.pair()
+    assert house.fleet.num_open(house.now) == 2
+    prefill.heard_at = house.now - 1.1
+    assert house.fleet.num_open(house.now) == 1

@@ -127,6 +127,10 @@ class Fleet:
         """Workers of that model, whatever their state."""
         return [w for w in self.workers.values() if w.record.model.served_name == model]
 
+    def num_open(self, now: float) -> int:
+        """Workers that may get new work."""
+        return sum(w.is_open(now) for w in self.workers.values())
+
     def bar(self, prefill: str, decode: str, now: float) -> None:
         """These two cannot reach each other: no pair of them for a while."""
         self._barred = {pair: until for pair, until in self._barred.items() if until > now}

@@ -1,5 +1,7 @@
 """What the router exports to Prometheus."""
 
+import time
+
 from baton_contracts.router.v1 import router_service_pb2 as pb
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -19,6 +21,7 @@ class RouterMetrics:
             ("baton_router_index_blocks", "Block hashes in the index.", lambda: len(index)),
             ("baton_router_blocks_not_indexed", "Block hashes left out because the index was full.", lambda: index.not_indexed),
             ("baton_router_workers", "Workers known.", lambda: len(fleet.workers)),
+            ("baton_router_open_workers", "Workers that may get new work now.", lambda: fleet.num_open(time.monotonic())),
         ):
             Gauge(name, text, registry=registry).set_function(read)
 
