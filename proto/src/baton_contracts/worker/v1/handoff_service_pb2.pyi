@@ -160,14 +160,16 @@ class Confirm(_message.Message):
     def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., end_block: _Optional[int] = ..., tag: _Optional[bytes] = ...) -> None: ...
 
 class ConfirmReply(_message.Message):
-    __slots__ = ("handoff", "end_block", "answer")
+    __slots__ = ("handoff", "end_block", "answer", "age_us")
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     END_BLOCK_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    AGE_US_FIELD_NUMBER: _ClassVar[int]
     handoff: HandoffId
     end_block: int
     answer: ConfirmAnswer
-    def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., end_block: _Optional[int] = ..., answer: _Optional[_Union[ConfirmAnswer, str]] = ...) -> None: ...
+    age_us: int
+    def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., end_block: _Optional[int] = ..., answer: _Optional[_Union[ConfirmAnswer, str]] = ..., age_us: _Optional[int] = ...) -> None: ...
 
 class CancelHandoff(_message.Message):
     __slots__ = ("handoff", "reason")

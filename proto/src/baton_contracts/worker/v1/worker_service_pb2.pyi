@@ -275,18 +275,20 @@ class Finished(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., handoff_failure: _Optional[_Union[HandoffFailure, _Mapping]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("input_tokens", "cached_tokens", "output_tokens", "handoff_bytes", "queue_us")
+    __slots__ = ("input_tokens", "cached_tokens", "output_tokens", "handoff_bytes", "queue_us", "exposed_handoff_us")
     INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_HANDOFF_US_FIELD_NUMBER: _ClassVar[int]
     input_tokens: int
     cached_tokens: int
     output_tokens: int
     handoff_bytes: int
     queue_us: int
-    def __init__(self, input_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., queue_us: _Optional[int] = ...) -> None: ...
+    exposed_handoff_us: int
+    def __init__(self, input_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., queue_us: _Optional[int] = ..., exposed_handoff_us: _Optional[int] = ...) -> None: ...
 
 class HandoffFailure(_message.Message):
     __slots__ = ("peer_incarnation", "cause", "confirmed_tokens")
