@@ -96,7 +96,7 @@ class HandoffEnd:
 
     cause is set with HANDOFF_FAILED, error with REFUSED, INVALID and ENGINE_ERROR. confirmed_tokens: leading tokens whose KV
     the sink has (source: knows to be) confirmed; num_bytes: bytes moved and confirmed. cached_tokens: at the source, leading
-    tokens it did not have to compute.
+    tokens it did not have to compute. exposed_s: at the source with PREFILLED, as in HandoffComplete.
     """
 
     reason: EndReason
@@ -106,6 +106,7 @@ class HandoffEnd:
     error: BatonError | None = None
     num_bytes: int = 0
     cached_tokens: int = 0
+    exposed_s: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -117,8 +118,12 @@ class HandoffEnd:
 class HandoffComplete:
     """The KV is in the sink's blocks, all of it confirmed.
 
-    cached_tokens: leading tokens nobody had to compute for this attempt, on either side.
+    cached_tokens: leading tokens nobody had to compute for this attempt, on either side. exposed_s: from the end of compute of the
+    last block to its confirm, both at the source, by the source's clock; 0 if no bytes moved. last_chunk_bytes: those of the last
+    announce, which cannot travel before compute ends.
     """
 
     cached_tokens: int
     handoff_bytes: int
+    exposed_s: float = 0.0
+    last_chunk_bytes: int = 0

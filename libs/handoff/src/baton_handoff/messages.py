@@ -69,11 +69,15 @@ class Confirm:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmReply:
-    """Source to sink: the commit."""
+    """Source to sink: the commit.
+
+    age_s: since the end of compute of the last announced block, when sent, by the source's clock; 0 unless confirmed.
+    """
 
     key: HandoffKey
     end_block: int
     answer: ConfirmAnswer
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ class SinkHandoff(Waiting):
     pull_end: int = 0  # of the running operation, exclusive
     operation: int = 0  # number of the running operation; 0: none runs
     cached_tokens: int = 0
+    last_chunk_blocks: int = 0  # of the newest announce
     outcome: Outcome | None = None
 
     @property
@@ -287,6 +288,7 @@ class SinkBook:
         known = handoff.announced - message.first_block  # repeated blocks; negative would be a gap, which a FIFO cannot make
         if 0 <= known < len(message.block_ids) and message.first_block + len(message.block_ids) <= handoff.num_blocks:
             handoff.source_ids += message.block_ids[known:]
+            handoff.last_chunk_blocks = len(message.block_ids) - known
             handoff.cached_tokens = message.cached_tokens
 
     def _start_pulls(self) -> None:
@@ -329,12 +331,12 @@ class SinkBook:
         handoff.confirmed = handoff.asked
         self._blocks.commit(handoff.key.sequence, handoff.confirmed, handoff.hashes)
         if handoff.confirmed == handoff.num_blocks:
-            self._complete(handoff, now)
+            self._complete(handoff, now, exposed_s=reply.age_s)
         else:
             self._report(handoff, EventKind.PROGRESS)
             self._ask(handoff)
 
-    def _complete(self, handoff: SinkHandoff, now: float) -> None:
+    def _complete(self, handoff: SinkHandoff, now: float, exposed_s: float = 0.0) -> None:
         """From here on the table is the sequence's; the receiver of Completed starts the engine or releases it."""
         del self._live[handoff.key.request_id], self._begun[handoff.key]
         handoff.state = SinkState.OVER
@@ -343,7 +345,10 @@ class SinkBook:
         tail_tokens = handoff.num_tokens % self._shape.block_tokens
         tail_block = self._blocks.table(handoff.key.sequence)[handoff.num_blocks - 1] if tail_tokens else -1
         cached_tokens = max(handoff.first * self._shape.block_tokens, handoff.cached_tokens)
-        complete = HandoffComplete(cached_tokens, (handoff.num_blocks - handoff.first) * self._shape.block_bytes)
+        block_bytes = self._shape.block_bytes
+        complete = HandoffComplete(
+            cached_tokens, (handoff.num_blocks - handoff.first) * block_bytes, exposed_s, handoff.last_chunk_blocks * block_bytes
+        )
         self._out.append(Completed(handoff.key, complete, tail_block, tail_tokens))
 
     def _fail(self, handoff: SinkHandoff, cause: FailureCause, now: float, tell: str = "") -> None:

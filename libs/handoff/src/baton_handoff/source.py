@@ -148,7 +148,7 @@ class SourceBook:
         if message.key.decode_incarnation != peer_incarnation:
             return []  # a sink speaks for its own handoffs only
         if isinstance(message, Confirm):
-            self._out.append(Send(peer_incarnation, ConfirmReply(message.key, message.end_block, self._confirm(handoff, message, now))))
+            self._out.append(Send(peer_incarnation, self._confirm_reply(handoff, message, now)))
         elif isinstance(message, BeginReply):
             self._begin_reply(handoff, message, now)
         elif handoff is not None and isinstance(message, CancelHandoff):
@@ -337,6 +337,14 @@ class SourceBook:
         self._report(handoff, EventKind.BEGUN)
         self._out.append(StartEngine(handoff.key, replace(handoff.request, first_announced_block=handoff.first)))
 
+    def _confirm_reply(self, handoff: SourceHandoff | None, asked: Confirm, now: float) -> ConfirmReply:
+        answer = self._confirm(handoff, asked, now)
+        if answer is not ConfirmAnswer.CONFIRMED:
+            return ConfirmReply(asked.key, asked.end_block, answer)
+        of = handoff or self._tombstones.get(asked.key)
+        ready_at = of.ready_at if of is not None else 0.0
+        return ConfirmReply(asked.key, asked.end_block, answer, max(0.0, now - ready_at) if ready_at else 0.0)
+
     def _confirm(self, handoff: SourceHandoff | None, asked: Confirm, now: float) -> ConfirmAnswer:
         if handoff is None:
             return self._confirm_over(asked)
@@ -398,7 +406,8 @@ class SourceBook:
         self._queue.remove(handoff)
         self._begun.pop(handoff.key, None)
         del self._live[handoff.key.request_id]
-        self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.num_blocks, handoff.confirmed if was_begun else 0), now)
+        confirmed = handoff.confirmed if was_begun else 0
+        self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.num_blocks, confirmed, ready_at=handoff.ready_at), now)
         if was_begun:
             self._blocks.unpin(handoff.key.sequence)
         if handoff.state is SourceState.COMPUTING:
@@ -415,6 +424,7 @@ class SourceBook:
             error=error,
             num_bytes=(handoff.confirmed - handoff.first) * self._shape.block_bytes,
             cached_tokens=handoff.cached_tokens,
+            exposed_s=max(0.0, now - handoff.ready_at) if reason is EndReason.PREFILLED and handoff.block_ids else 0.0,
         )
         self._out.append(Ended(handoff.key, Side.SOURCE, end))
 

@@ -8,12 +8,16 @@ from baton_handoff.ids import HandoffKey, Outcome
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """What late messages about an ended handoff are answered from. refusal: what a repeated Begin is told."""
+    """What late messages about an ended handoff are answered from.
+
+    refusal: what a repeated Begin is told. ready_at: at a source, the end of compute of the last announced block.
+    """
 
     outcome: Outcome
     num_blocks: int
     confirmed_blocks: int
     refusal: str = "CANCELLED"
+    ready_at: float = 0.0
 
     @property
     def is_confirmed(self) -> bool:

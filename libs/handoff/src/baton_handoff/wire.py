@@ -83,7 +83,9 @@ def response_to_proto(message: Message | None, beat: EngineBeat) -> pb.PairRespo
         response.announce.CopyFrom(_announce_to_proto(message))
     elif isinstance(message, ConfirmReply):
         answer = cast("pb.ConfirmAnswer", message.answer.value)
-        response.confirm_reply.CopyFrom(pb.ConfirmReply(handoff=key_to_proto(message.key), end_block=message.end_block, answer=answer))
+        age_us = max(0, int(message.age_s * 1e6))
+        reply = pb.ConfirmReply(handoff=key_to_proto(message.key), end_block=message.end_block, answer=answer, age_us=age_us)
+        response.confirm_reply.CopyFrom(reply)
     elif isinstance(message, CancelHandoff):
         response.cancel.CopyFrom(pb.CancelHandoff(handoff=key_to_proto(message.key), reason=message.reason))
     else:
@@ -121,7 +123,7 @@ def message_from_response(response: pb.PairResponse) -> FromSource | None:
             answer = ConfirmAnswer(reply.answer)
         except ValueError:
             raise ProtocolError("confirm_reply.answer", f"{reply.answer} is unknown") from None
-        return ConfirmReply(key_from_proto(reply.handoff), reply.end_block, answer)
+        return ConfirmReply(key_from_proto(reply.handoff), reply.end_block, answer, reply.age_us / 1e6)
     if kind == "cancel":
         return CancelHandoff(key_from_proto(response.cancel.handoff), response.cancel.reason)
     raise ProtocolError("message", f"{kind} is out of place")
