@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_runtime.errors import BatonError
@@ -26,15 +26,17 @@ class NoTransport(BatonError):
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
-    """How an operation ended: stats, or why not."""
+    """How an operation ended: stats, or why not. is_retry: on a fresh pool, after it had failed on one opened before."""
 
     stats: PullStats | None = None
     failure: FailureCause | None = None
+    is_retry: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _Peer:
     pool: PeerPool | None = None
+    why: str = ""  # this transport
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -61,6 +63,11 @@ class Puller:
         peer = self._peers.get(incarnation)
         return peer.pool.name if peer is not None and peer.pool is not None else ""
 
+    def why_of(self, incarnation: str) -> str:
+        """Why that transport is in use with a peer, for people; "" before the first operation."""
+        peer = self._peers.get(incarnation)
+        return peer.why if peer is not None else ""
+
     def drop(self, incarnation: str) -> None:
         """End running operations soon, also those that are still opening the pool, and forget it. Idempotent."""
         peer = self._peers.pop(incarnation, None)
@@ -79,6 +86,7 @@ class Puller:
         if error is not None and was_open and not peer.dropped.is_set() and result.failure is FailureCause.PATH_DOWN:
             peer = self._peers.setdefault(start.peer_incarnation, _Peer())
             result, error = await self._attempt(peer, start)
+            result = replace(result, is_retry=True)
         if error is not None:
             log.warning(
                 "pull_failed",
@@ -106,14 +114,16 @@ class Puller:
     async def _pull(self, peer: _Peer, start: StartPull) -> PullStats:
         async with peer.opening:
             if peer.pool is None and not peer.dropped.is_set():
-                peer.pool = await self._open_unless_dropped(peer, start.peer_incarnation)
+                opened = await self._open_unless_dropped(peer, start.peer_incarnation)
+                if opened is not None:
+                    peer.pool, peer.why = opened
         if peer.pool is None or peer.dropped.is_set():
             raise PullFailed("any", "the peer was dropped")
         return await peer.pool.pull(start.source_ids, start.dest_ids)
 
-    async def _open_unless_dropped(self, peer: _Peer, incarnation: str) -> PeerPool | None:
+    async def _open_unless_dropped(self, peer: _Peer, incarnation: str) -> tuple[PeerPool, str] | None:
         """None: the peer was dropped meanwhile. Blocks wait for this, so it is bounded in all and not only per transport."""
-        opened: list[PeerPool] = []
+        opened: list[tuple[PeerPool, str]] = []
 
         async def open_pool() -> None:
             try:
@@ -125,8 +135,8 @@ class Puller:
         await until_first(open_pool(), peer.dropped.wait())
         return opened[0] if opened else None
 
-    async def _open(self, incarnation: str) -> PeerPool:
-        """The first transport that works, best first: shared memory may turn out not to be shared."""
+    async def _open(self, incarnation: str) -> tuple[PeerPool, str]:
+        """The first transport that works, best first (shared memory may turn out not to be shared), and why it is that one."""
         known = self._introductions.get(incarnation)
         if known is None or not known.secrets:
             raise NoTransport("the pair is not introduced")
@@ -143,5 +153,5 @@ class Puller:
                     problems.append(error.message)
                 else:
                     log.info("peer_pool_opened", peer=incarnation, transport=pool.name, why=candidate.reason, problems=problems)
-                    return pool
+                    return pool, "; ".join([*problems, candidate.reason])
         raise TransportUnavailable("any", "; ".join(problems))
