@@ -2,6 +2,7 @@ import threading
 
 import pytest
 from baton_engine.blocks import BlockCounts, BlockManager, CacheEvents, CacheFull, IntegrityError, TablePrefix
+from baton_engine.integrity import find_problems
 
 
 def chain(text: str) -> list[bytes]:
@@ -304,6 +305,21 @@ def test_check_names_what_is_wrong(damage, words):
     damage(manager)
     with pytest.raises(IntegrityError, match=words):
         manager.check()
+
+
+def test_check_lets_others_take_blocks_while_it_looks(monkeypatch):
+    """It looks at every block: held up by it, a step of the engine would be late."""
+    manager = BlockManager(8)
+    taken: list[int] = []
+
+    def look_slowly(ledger):
+        taken.append(manager.acquire("late", [], 2))
+        return find_problems(ledger)
+
+    monkeypatch.setattr("baton_engine.blocks.find_problems", look_slowly)
+    manager.check()
+    assert taken == [0]
+    assert manager.counts().used == 2
 
 
 def test_threads_leave_sound_books():

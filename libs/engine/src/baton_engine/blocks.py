@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from baton_engine.errors import CacheFull, IntegrityError
-from baton_engine.integrity import find_problems
+from baton_engine.integrity import Ledger, find_problems
 
 __all__ = ["BlockCounts", "BlockManager", "CacheEvents", "CacheFull", "IntegrityError", "TablePrefix"]
 
@@ -293,13 +293,29 @@ class BlockManager:
             return self._drain(), tuple(self._by_hash)
 
     def check(self) -> None:
-        """Integrity. Raises: IntegrityError saying which sum or block is wrong."""
+        """Integrity, of a copy: nobody waits for it. Raises: IntegrityError saying which sum or block is wrong."""
         with self._lock:
-            problems = find_problems(self)
-        if problems:
+            ledger = self._ledger()
+        if problems := find_problems(ledger):
             raise IntegrityError("; ".join(problems))
 
     # Everything below is called with the lock held.
+
+    def _ledger(self) -> Ledger:
+        return Ledger(
+            total=self._total,
+            free=self._free[:],
+            cached=set(self._cached),
+            refs=self._refs[:],
+            pin_refs=self._pin_refs[:],
+            hashes=self._hash[:],
+            by_hash=self._by_hash.copy(),
+            distrusted=self._distrusted.copy(),
+            tables=[(owner, table.blocks[:], table.committed) for owner, table in self._tables.items()],
+            pins=[list(pins.blocks.values()) for pins in self._pins.values()],
+            num_reserved=self._reserved,
+            num_pinned=self._pinned,
+        )
 
     def _drain(self) -> CacheEvents:
         events = CacheEvents(tuple(self._stored), tuple(self._removed))

@@ -1,71 +1,109 @@
-"""The block manager's integrity check: everything that is kept incrementally is computed again from tables and pins."""
+"""The block manager's integrity check: everything that is kept incrementally is computed again from tables and pins.
 
-from __future__ import annotations
+It works on a copy (`Ledger`), which takes about 25 ns per block to make under the manager's lock; the check itself takes ten times
+that, and nobody waits for it.
+"""
 
 from collections import Counter
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from baton_engine.blocks import BlockManager
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 
-def find_problems(manager: BlockManager) -> list[str]:
-    """What is wrong, one sentence each; empty if sound. The manager's lock is held by the caller."""
-    refs = Counter(block for table in manager._tables.values() for block in table.blocks)
-    pins = Counter(block for owner_pins in manager._pins.values() for block in owner_pins.blocks.values())
-    reserved = {block for table in manager._tables.values() for block in table.blocks[table.committed :]}
-    return [*_wrong_refs(manager, refs, pins), *_wrong_states(manager, refs, pins, reserved), *_wrong_sums(manager, refs, pins, reserved)]
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A block manager's state at one instant. tables: owner, block ids, number of them that are committed; pins: block ids per owner."""
+
+    total: int
+    free: Sequence[int]
+    cached: set[int]
+    refs: Sequence[int]
+    pin_refs: Sequence[int]
+    hashes: Sequence[bytes | None]
+    by_hash: dict[bytes, int]
+    distrusted: set[int]
+    tables: Sequence[tuple[Hashable, Sequence[int], int]]
+    pins: Sequence[Sequence[int]]
+    num_reserved: int
+    num_pinned: int
 
 
-def _wrong_refs(manager: BlockManager, refs: Counter[int], pins: Counter[int]) -> list[str]:
-    problems = []
-    for block in range(manager._total):
-        if refs[block] != manager._refs[block]:
-            problems.append(f"block {block} is in {refs[block]} tables but counted {manager._refs[block]} times")
-        if pins[block] != manager._pin_refs[block]:
-            problems.append(f"block {block} has {pins[block]} pins but counted {manager._pin_refs[block]}")
-        if refs[block] > 1 and manager._hash[block] is None and block not in manager._distrusted:
-            problems.append(f"block {block} is unpublished and in {refs[block]} tables")
-    for owner, table in manager._tables.items():
-        if len(set(table.blocks)) != len(table.blocks):
-            problems.append(f"the table of {owner} names a block twice")
-    return problems
+def find_problems(ledger: Ledger) -> list[str]:
+    """What is wrong, one sentence each; empty if sound."""
+    refs = Counter(block for _, blocks, _ in ledger.tables for block in blocks)
+    pins = Counter(block for blocks in ledger.pins for block in blocks)
+    reserved = {block for _, blocks, committed in ledger.tables for block in blocks[committed:]}
+    return [
+        *_wrong_refs(ledger, refs, pins),
+        *_wrong_states(ledger, refs, pins),
+        *_wrong_reserved(ledger, refs, pins, reserved),
+        *_wrong_hashes(ledger, refs, pins),
+        *_wrong_sums(ledger, refs, pins, reserved),
+    ]
 
 
-def _wrong_states(manager: BlockManager, refs: Counter[int], pins: Counter[int], reserved: set[int]) -> list[str]:
-    problems = []
-    free = Counter(manager._free)
-    for block in range(manager._total):
-        held = bool(refs[block] or pins[block])
-        states = free[block] + (block in manager._cached) + held
-        if states != 1:
-            problems.append(f"block {block} is in {states} states: free {free[block]}, cached {block in manager._cached}, held {held}")
-        if block in reserved and (refs[block] != 1 or pins[block] or manager._hash[block] is not None):
-            problems.append(f"reserved block {block} is shared, pinned or published")
-        block_hash = manager._hash[block]
-        if block_hash is not None and manager._by_hash.get(block_hash) != block:
-            problems.append(f"block {block} has a hash that leads elsewhere")
-        if block in manager._distrusted and (block_hash is not None or not held):
-            problems.append(f"distrusted block {block} is published or not held")
-        if free[block] and block_hash is not None:
-            problems.append(f"free block {block} is published")
-        if block in manager._cached and block_hash is None:
-            problems.append(f"cached block {block} is not published")
-    if len(manager._by_hash) != sum(block_hash is not None for block_hash in manager._hash):
-        problems.append("there are more hashes than published blocks")
-    return problems
+def _wrong_refs(ledger: Ledger, refs: Counter[int], pins: Counter[int]) -> Iterator[str]:
+    for block in _differing(ledger.refs, refs):
+        yield f"block {block} is in {refs[block]} tables but counted {ledger.refs[block]} times"
+    for block in _differing(ledger.pin_refs, pins):
+        yield f"block {block} has {pins[block]} pins but counted {ledger.pin_refs[block]}"
+    for owner, blocks, _ in ledger.tables:
+        if len(set(blocks)) != len(blocks):
+            yield f"the table of {owner} names a block twice"
 
 
-def _wrong_sums(manager: BlockManager, refs: Counter[int], pins: Counter[int], reserved: set[int]) -> list[str]:
+def _differing(counted: Sequence[int], expected: Counter[int]) -> list[int]:
+    column = [0] * len(counted)
+    for block, count in expected.items():
+        column[block] = count
+    return [] if column == counted else [block for block, count in enumerate(counted) if count != column[block]]
+
+
+def _wrong_states(ledger: Ledger, refs: Counter[int], pins: Counter[int]) -> Iterator[str]:
+    held = refs.keys() | pins.keys()
+    states = Counter(ledger.free)
+    states.update(ledger.cached)
+    states.update(held)
+    if len(states) == ledger.total and set(states.values()) == {1}:
+        return
+    for block in range(ledger.total):
+        if states[block] != 1:
+            free = ledger.free.count(block)
+            yield f"block {block} is in {states[block]} states: free {free}, cached {block in ledger.cached}, held {block in held}"
+
+
+def _wrong_reserved(ledger: Ledger, refs: Counter[int], pins: Counter[int], reserved: set[int]) -> Iterator[str]:
+    for block in reserved:
+        if refs[block] != 1 or pins[block] or ledger.hashes[block] is not None:
+            yield f"reserved block {block} is shared, pinned or published"
+
+
+def _wrong_hashes(ledger: Ledger, refs: Counter[int], pins: Counter[int]) -> Iterator[str]:
+    published = {block: block_hash for block, block_hash in enumerate(ledger.hashes) if block_hash is not None}
+    for block, block_hash in published.items():
+        if ledger.by_hash.get(block_hash) != block:
+            yield f"block {block} has a hash that leads elsewhere"
+    if len(ledger.by_hash) != len(published):
+        yield "there are more hashes than published blocks"
+    for block in ledger.distrusted:
+        if block in published or not (block in refs or block in pins):
+            yield f"distrusted block {block} is published or not held"
+    for block in published.keys() & set(ledger.free):
+        yield f"free block {block} is published"
+    for block in ledger.cached - published.keys():
+        yield f"cached block {block} is not published"
+    for block, count in refs.items():
+        if count > 1 and block not in published and block not in ledger.distrusted:
+            yield f"block {block} is unpublished and in {count} tables"
+
+
+def _wrong_sums(ledger: Ledger, refs: Counter[int], pins: Counter[int], reserved: set[int]) -> Iterator[str]:
     pinned = sum(1 for block in pins if not refs[block])
     used = len(refs) - len(reserved)
-    free, cached = len(manager._free), len(manager._cached)
-    problems = []
-    if pinned != manager._pinned:
-        problems.append(f"{pinned} blocks are pinned but {manager._pinned} counted")
-    if len(reserved) != manager._reserved:
-        problems.append(f"{len(reserved)} blocks are reserved but {manager._reserved} counted")
-    if (total := free + cached + pinned + len(reserved) + used) != manager._total:
+    free, cached = len(ledger.free), len(ledger.cached)
+    if pinned != ledger.num_pinned:
+        yield f"{pinned} blocks are pinned but {ledger.num_pinned} counted"
+    if len(reserved) != ledger.num_reserved:
+        yield f"{len(reserved)} blocks are reserved but {ledger.num_reserved} counted"
+    if (total := free + cached + pinned + len(reserved) + used) != ledger.total:
         parts = f"free {free} + cached {cached} + pinned {pinned} + reserved {len(reserved)} + used {used}"
-        problems.append(f"{parts} = {total}, not {manager._total}")
-    return problems
+        yield f"{parts} = {total}, not {ledger.total}"
