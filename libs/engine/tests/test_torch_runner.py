@@ -231,7 +231,7 @@ def test_a_run_writes_only_its_own_slots(llama: Path) -> None:
     hand.step([(sequence, 10)])
     before = host(hand.runner).copy()
     hand.step([(sequence, 20)])
-    pool = host(hand.runner).view(np.float32).reshape(NUM_BLOCKS, *hand.runner.layout.shape)
+    pool = host(hand.runner).view(np.float32).reshape(NUM_BLOCKS, *hand.runner.layout.shape[1:])
     old = before.view(np.float32).reshape(pool.shape)
     changed = (pool.view(np.uint32) != old.view(np.uint32)).any(axis=(1, 2, 4, 5))
     wrote = {(int(block), int(slot)) for block, slot in zip(*np.nonzero(changed), strict=True)}

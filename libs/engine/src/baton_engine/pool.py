@@ -9,7 +9,10 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Shape of one block: (num_layers, 2, block_tokens, num_kv_heads, head_dim), C order. As baton.discovery.v1.KvLayout."""
+    """Shape of one block: (num_shards, num_layers, 2, block_tokens, num_kv_heads / num_shards, head_dim), C order.
+
+    Each tensor-parallel shard's part of a block is contiguous. As baton.discovery.v1.KvLayout. num_kv_heads: of all shards.
+    """
 
     num_layers: int
     block_tokens: int
@@ -18,15 +21,34 @@ class BlockLayout:
     dtype: str  # "float32", "float16" or "bfloat16"
     num_shards: int = 1
 
+    def __post_init__(self) -> None:
+        if self.num_shards < 1 or self.num_kv_heads % self.num_shards:
+            raise ValueError(f"{self.num_kv_heads} KV heads cannot be split over {self.num_shards} shards")
+
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
+    def shape(self) -> tuple[int, int, int, int, int, int]:
         """Shape of one block."""
-        return (self.num_layers, 2, self.block_tokens, self.num_kv_heads, self.head_dim)
+        return (self.num_shards, self.num_layers, 2, self.block_tokens, self.num_kv_heads // self.num_shards, self.head_dim)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one value."""
+        return {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
-        return prod(self.shape) * {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+        return prod(self.shape) * self.item_bytes
+
+    @property
+    def num_planes(self) -> int:
+        """Planes of a block, (shard, layer, K or V): a block is num_planes times block_tokens slots of one token each."""
+        return self.num_shards * self.num_layers * 2
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token in one plane."""
+        return self.num_kv_heads // self.num_shards * self.head_dim * self.item_bytes
 
 
 @dataclass(frozen=True, slots=True)

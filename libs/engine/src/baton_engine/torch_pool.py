@@ -20,7 +20,7 @@ class TorchPool:
     def __init__(self, pool: KvPool, device: torch.device, *, mirrored: bool | None = None) -> None:
         """mirrored: keep a copy; default: unless the device is the CPU."""
         dtype: torch.dtype = getattr(torch, pool.layout.dtype)
-        self._host = torch.from_numpy(pool.data).view(dtype).view(pool.num_blocks, *pool.layout.shape)
+        self._host = torch.from_numpy(pool.data).view(dtype).view(pool.num_blocks, *pool.layout.shape[1:])  # one shard
         self._is_mirrored = device.type != "cpu" if mirrored is None else mirrored
         # Zeros, because a slot that is masked out must still be finite.
         self.tensor: Tensor = torch.zeros(self._host.shape, dtype=dtype, device=device) if self._is_mirrored else self._host
