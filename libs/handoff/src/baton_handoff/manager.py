@@ -28,9 +28,9 @@ from baton_handoff.audit import Audit, Start
 from baton_handoff.books import BooksClient
 from baton_handoff.config import HandoffConfig
 from baton_handoff.handoff_metrics import HandoffMetrics, outcome_of
-from baton_handoff.ids import EndReason, FailureCause, HandoffComplete, HandoffEnd, HandoffKey, PeerRef, Side
+from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, HandoffComplete, HandoffEnd, HandoffKey, PeerRef, Side
 from baton_handoff.introductions import Introductions
-from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, Confirm, FromSink, FromSource
+from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, Confirm, ConfirmReply, FromSink, FromSource, Message
 from baton_handoff.pair_client import PairClient
 from baton_handoff.peer_watch import FenceReason
 from baton_handoff.peers import Peers
@@ -38,7 +38,7 @@ from baton_handoff.sink import SinkBook
 from baton_handoff.source import SourceBook
 from baton_handoff.spans import HandoffTrace
 from baton_handoff.tag import KvShape
-from baton_handoff.transports.base import Transport
+from baton_handoff.transports.base import PullStats, Transport
 
 MIN_SLEEP_S = 0.005
 log = get_logger(__name__)
@@ -261,11 +261,8 @@ class HandoffManager:
 
     def heard_source(self, incarnation: str, message: FromSource) -> None:
         """See LinkOwner."""
-        now = self._clock()
-        caller = self._callers.get((message.key, Side.SINK))
-        if caller is not None and isinstance(message, Announce):
-            caller.trace.compute_ended_at = now - message.age_s
-        self._perform(self._sink.receive(incarnation, message, now))
+        self._metrics.heard(message)
+        self._perform(self._sink.receive(incarnation, message, self._clock()))
 
     def source_failed(self, incarnation: str, cause: FailureCause, reason: FenceReason) -> None:
         """See LinkOwner."""
@@ -278,10 +275,11 @@ class HandoffManager:
 
     def heard_sink(self, incarnation: str, message: FromSink) -> None:
         """See LinkOwner."""
+        self._metrics.heard(message)
         if isinstance(message, BeginReply) and isinstance(message.answer, Accepted):
             caller = self._callers.get((message.key, Side.SOURCE))
             if caller is not None:
-                caller.trace.begin.closed()
+                caller.trace.accepted(message.answer.first_block)
         self._perform(self._source.receive(incarnation, message, self._clock()))
 
     def is_sink_in_use(self, incarnation: str) -> bool:
@@ -363,14 +361,23 @@ class HandoffManager:
 
     def _send(self, action: Send) -> None:
         message = action.message
-        if isinstance(message, Begin) and (offering := self._callers.get((message.key, Side.SOURCE))) is not None:
-            offering.trace.begin.opened()
-        if isinstance(message, Confirm) and (asking := self._callers.get((message.key, Side.SINK))) is not None:
-            asking.trace.confirm.opened()
+        self._note_sent(message)
         if message.key.decode_incarnation == self._own().incarnation:
             self._peers.send_to_source(action.peer_incarnation, message)
         else:
             self.servicer.send(action.peer_incarnation, message)
+
+    def _note_sent(self, message: Message) -> None:
+        """What the traces want to know of our own messages."""
+        if isinstance(message, Confirm) and (asking := self._callers.get((message.key, Side.SINK))) is not None:
+            asking.trace.asked(self._clock())
+        elif isinstance(message, Begin | Announce | ConfirmReply) and (source := self._callers.get((message.key, Side.SOURCE))) is not None:
+            if isinstance(message, Begin):
+                source.trace.begin.opened()
+            elif isinstance(message, Announce):
+                source.trace.announced(self._clock())
+            elif message.answer is ConfirmAnswer.CONFIRMED:
+                source.trace.answered(self._clock())
 
     def _start_engine(self, action: StartEngine) -> None:
         try:
@@ -388,12 +395,17 @@ class HandoffManager:
             result = await self._peers.puller.run(start)
             failure = result.failure
             if result.stats is not None:
-                transport = self._peers.puller.transport_of(start.peer_incarnation)
-                self._metrics.pulled(transport, result.stats)
-                if caller is not None:
-                    caller.trace.pulled(transport, result.stats)
+                self._pulled(start, result.stats, caller, is_retry=result.is_retry)
         finally:
             self._perform(self._sink.pull_returned(start.operation, failure, self.notice()))
+
+    def _pulled(self, start: StartPull, stats: PullStats, caller: _Caller | None, *, is_retry: bool) -> None:
+        incarnation, puller = start.peer_incarnation, self._peers.puller
+        client = self._peers.clients.get(incarnation)
+        if client is not None:  # else it was fenced meanwhile, and its labels are gone
+            self._metrics.pulled(incarnation, client.peer.instance_id, puller.transport_of(incarnation), stats, is_retry=is_retry)
+        if caller is not None:
+            caller.trace.pulled(puller.transport_of(incarnation), puller.why_of(incarnation), stats, is_retry=is_retry)
 
     def _report(self, report: Report) -> None:
         transport = ""
@@ -407,25 +419,46 @@ class HandoffManager:
         if caller is not None and report.confirmed_blocks > caller.confirmed_blocks:
             self._metrics.confirmed((report.confirmed_blocks - caller.confirmed_blocks) * self._engine.pool.block_bytes)
             caller.confirmed_blocks = report.confirmed_blocks
-            caller.trace.confirm.closed()
+            caller.trace.confirmed(self._clock())
 
     def _completed(self, action: Completed) -> None:
         caller = self._forget(action.key, Side.SINK)
         if action.tail_tokens:
             zero_tail(self._engine.pool.data[action.tail_block], self._layout, action.tail_tokens)
-        if caller.trace.compute_ended_at:
-            self._metrics.exposed(self._clock() - caller.trace.compute_ended_at)
-        self._metrics.ended(Side.SINK, None)
-        caller.trace.emit(self._tracer, action.key, "confirmed")
         assert caller.on_complete is not None, "only a sink completes"
-        caller.on_complete(action.complete)
+        caller.on_complete(action.complete)  # the engine first: what follows only tells
+        if action.complete.handoff_bytes:
+            self._metrics.exposed(action.complete.exposed_s)
+        self._metrics.ended(Side.SINK, None)
+        caller.trace.emit(self._tracer, action.key, "confirmed", action.complete)
+        totals = caller.trace.totals
+        log.debug(
+            "handoff_completed",
+            request_id=action.key.request_id,
+            attempt=action.key.attempt,
+            num_bytes=action.complete.handoff_bytes,
+            last_chunk_bytes=action.complete.last_chunk_bytes,
+            exposed_ms=round(action.complete.exposed_s * 1e3, 3),
+            round_trip_ms=round(caller.trace.round_trip_s * 1e3, 3),
+            transport=totals.transport,
+            num_operations=totals.num_operations,
+            gigabytes_per_second=round(totals.gigabytes_per_second, 3),
+        )
 
     def _ended(self, action: Ended) -> None:
         caller = self._forget(action.key, action.side)
         self._metrics.ended(action.side, action.end)
         outcome = outcome_of(action.end)
         caller.trace.emit(self._tracer, action.key, outcome)
-        log.debug("handoff_ended", side=action.side.name, request_id=action.key.request_id, attempt=action.key.attempt, outcome=outcome)
+        log.debug(
+            "handoff_ended",
+            side=action.side.name,
+            request_id=action.key.request_id,
+            attempt=action.key.attempt,
+            outcome=outcome,
+            exposed_ms=round(action.end.exposed_s * 1e3, 3),
+            announce_to_confirm_ms=round(caller.trace.announced_s * 1e3, 3),
+        )
         caller.on_end(action.end)
 
     def _forget(self, key: HandoffKey, side: Side) -> _Caller:
@@ -474,6 +507,12 @@ class HandoffManager:
         watch("baton_kv_stranded_bytes", "Pinned or reserved for nobody, or for a side that is fenced or silent.", self.stranded_bytes)
         watch("baton_kv_pinned_bytes", "Held only for a handoff that is not confirmed.", lambda: blocks.counts().pinned * block_bytes)
         watch("baton_kv_reserved_bytes", "Set aside for incoming handoffs.", lambda: blocks.counts().reserved * block_bytes)
+        watch(
+            "baton_kv_quarantined_bytes",
+            "Of reserved bytes, those of handoffs that are over, kept until an operation of ours returns.",
+            lambda: self._sink.quarantined_bytes() if self._is_open else 0,
+        )
+        watch("baton_kv_in_flight_bytes", "Of running pulls.", lambda: self._sink.in_flight_bytes() if self._is_open else 0)
         watch("baton_handoffs_in_flight", "Handoffs that are not over.", self.live_handoffs)
         watch("baton_handoffs_queued", "Of them, those that have not begun.", self.queued)
         watch("baton_books_streams", "kvtransfer instances that hear our reports.", lambda: self.books.num_streams)

@@ -129,6 +129,7 @@ class Peers:
             log.warning("source_fenced", peer=incarnation, peer_instance_id=client.peer.instance_id, cause=cause.name, reason=reason)
             self._metrics.fenced("sink", reason)
         self.puller.drop(incarnation)
+        self._metrics.peer_gone(incarnation)
         self._owner.source_over(incarnation, cause)
         if is_news:
             self._owner.peer_down(incarnation, reason)
@@ -172,6 +173,7 @@ class Peers:
         elif now - client.used_at >= self._times.link_idle_s and not self._owner.is_source_in_use(incarnation):
             client.close_idle()
             del self.clients[incarnation]
+            self._metrics.peer_gone(incarnation)
 
     def _judge_first_link(self, incarnation: str, client: PairClient, waited_s: float) -> None:
         if not client.is_introduced and waited_s >= self._times.introduction_s:

@@ -120,6 +120,14 @@ class SinkBook:
         """Handoffs that are over but for an operation of ours that has not returned."""
         return self._draining.values()
 
+    def quarantined_bytes(self) -> int:
+        """Bytes of handoffs that are over and still reserved, because an operation of ours may write to them."""
+        return sum(handoff.num_blocks - handoff.confirmed for handoff in self._draining.values()) * self._shape.block_bytes
+
+    def in_flight_bytes(self) -> int:
+        """Bytes of running operations."""
+        return sum(handoff.pull_end - handoff.pulled for handoff in self._running.values()) * self._shape.block_bytes
+
     def num_tickets(self) -> int:
         """Handoffs that hold nothing yet."""
         return len(self._live) - len(self._begun)

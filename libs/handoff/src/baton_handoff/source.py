@@ -148,7 +148,8 @@ class SourceBook:
         if message.key.decode_incarnation != peer_incarnation:
             return []  # a sink speaks for its own handoffs only
         if isinstance(message, Confirm):
-            self._out.append(Send(peer_incarnation, self._confirm_reply(handoff, message, now)))
+            place = len(self._out)  # before what the answer causes here: a decode waits for it
+            self._out.insert(place, Send(peer_incarnation, self._confirm_reply(handoff, message, now)))
         elif isinstance(message, BeginReply):
             self._begin_reply(handoff, message, now)
         elif handoff is not None and isinstance(message, CancelHandoff):

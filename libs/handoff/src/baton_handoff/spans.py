@@ -1,4 +1,7 @@
-"""Spans of one handoff: kv.begin at the source, kv.pull and kv.confirm at the sink, all children of the request's traceparent."""
+"""Spans of one handoff: kv.begin at the source, kv.pull and kv.confirm at the sink, all children of the request's traceparent.
+
+Collected as plain numbers while the handoff runs and emitted once it is over, so that tracing costs its hot path nothing.
+"""
 
 import time
 from dataclasses import dataclass
@@ -7,8 +10,10 @@ from baton_runtime import semconv
 from baton_runtime.telemetry import context_from
 from opentelemetry.trace import Tracer
 
-from baton_handoff.ids import HandoffKey
+from baton_handoff.ids import HandoffComplete, HandoffKey
 from baton_handoff.transports.base import PullStats
+
+_Attributes = dict[str, str | int | float]
 
 
 @dataclass(slots=True)
@@ -28,6 +33,24 @@ class Interval:
         self.end_ns = time.time_ns()
 
 
+@dataclass(slots=True)
+class PullTotals:
+    """All operations of one handoff. busy_s: sum of their own durations, which may overlap with those of other handoffs."""
+
+    num_bytes: int = 0
+    num_operations: int = 0
+    num_copies: int = 0
+    num_retries: int = 0
+    busy_s: float = 0.0
+    transport: str = ""
+    why: str = ""  # that transport
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """While operations ran; 0 if none did."""
+        return self.num_bytes / self.busy_s / 1e9 if self.busy_s > 0 else 0.0
+
+
 def is_sampled(traceparent: str) -> bool:
     """Whether the last field of a W3C traceparent has the sampled bit."""
     try:
@@ -37,42 +60,93 @@ def is_sampled(traceparent: str) -> bool:
 
 
 class HandoffTrace:
-    """Collects what the spans of one handoff say, and emits them when it is over."""
+    """Collects what the spans of one handoff say, and emits them when it is over. Times without unit are time.monotonic()."""
+
+    __slots__ = (
+        "_announced_at",
+        "_asked_at",
+        "_traceparent",
+        "announced_s",
+        "begin",
+        "confirm",
+        "first_block",
+        "pull",
+        "round_trip_s",
+        "totals",
+    )
 
     def __init__(self, traceparent: str) -> None:
         self._traceparent = traceparent
         self.begin = Interval()
         self.pull = Interval()
         self.confirm = Interval()
-        self.compute_ended_at = 0.0  # by our own clock, of the last announced block; 0: none was announced
-        self._num_bytes = 0
-        self._num_operations = 0
-        self._transport = ""
+        self.totals = PullTotals()
+        self.first_block = 0  # source: blocks the sink had
+        self.announced_s = 0.0  # source: from the newest announce to the last confirm
+        self.round_trip_s = 0.0  # sink: of the last confirm
+        self._announced_at = 0.0
+        self._asked_at = 0.0
 
-    def pulled(self, transport: str, stats: PullStats) -> None:
-        """One operation is over."""
+    def accepted(self, first_block: int) -> None:
+        """Source: the sink has reserved everything."""
+        self.begin.closed()
+        self.first_block = first_block
+
+    def announced(self, now: float) -> None:
+        """Source: blocks were announced."""
+        self._announced_at = now
+
+    def answered(self, now: float) -> None:
+        """Source: a Confirm was answered yes."""
+        self.announced_s = now - self._announced_at
+
+    def asked(self, now: float) -> None:
+        """Sink: a Confirm is on its way."""
+        self.confirm.opened()
+        self._asked_at = now
+
+    def confirmed(self, now: float) -> None:
+        """Sink: a yes has come."""
+        self.confirm.closed()
+        self.round_trip_s = now - self._asked_at
+
+    def pulled(self, transport: str, why: str, stats: PullStats, *, is_retry: bool) -> None:
+        """Sink: one operation is over."""
         self.pull.closed()
-        self._num_bytes += stats.num_bytes
-        self._num_operations += 1
-        self._transport = transport
+        totals = self.totals
+        totals.num_bytes += stats.num_bytes
+        totals.num_operations += 1
+        totals.num_copies += stats.num_operations
+        totals.num_retries += is_retry
+        totals.busy_s += stats.duration_s
+        totals.transport, totals.why = transport, why
 
-    def emit(self, tracer: Tracer, key: HandoffKey, outcome: str) -> None:
-        """Nothing is emitted for requests that are not sampled."""
+    def emit(self, tracer: Tracer, key: HandoffKey, outcome: str, complete: HandoffComplete | None = None) -> None:
+        """Nothing is emitted for requests that are not sampled. complete: at a sink that has everything."""
         if not is_sampled(self._traceparent):
             return
-        pull: dict[str, str | int] = {
-            semconv.BATON_BYTES: self._num_bytes,
-            semconv.BATON_TRANSPORT: self._transport,
-            semconv.BATON_OPERATIONS: self._num_operations,
+        totals = self.totals
+        pull: _Attributes = {
+            semconv.BATON_BYTES: totals.num_bytes,
+            semconv.BATON_GIGABYTES_PER_SECOND: round(totals.gigabytes_per_second, 3),
+            semconv.BATON_OPERATIONS: totals.num_operations,
+            semconv.BATON_COPIES: totals.num_copies,
+            semconv.BATON_RETRIES: totals.num_retries,
+            semconv.BATON_TRANSPORT: totals.transport,
+            semconv.BATON_TRANSPORT_REASON: totals.why,
         }
-        self._emit(tracer, semconv.SPAN_KV_BEGIN, self.begin, key, outcome, {})
+        confirm: _Attributes = {semconv.BATON_ROUND_TRIP_MS: round(self.round_trip_s * 1e3, 3)}
+        if complete is not None:
+            confirm[semconv.BATON_EXPOSED_MS] = round(complete.exposed_s * 1e3, 3)
+            confirm[semconv.BATON_LAST_CHUNK_BYTES] = complete.last_chunk_bytes
+        self._emit(tracer, semconv.SPAN_KV_BEGIN, self.begin, key, outcome, {semconv.BATON_FIRST_BLOCK: self.first_block})
         self._emit(tracer, semconv.SPAN_KV_PULL, self.pull, key, outcome, pull)
-        self._emit(tracer, semconv.SPAN_KV_CONFIRM, self.confirm, key, outcome, {})
+        self._emit(tracer, semconv.SPAN_KV_CONFIRM, self.confirm, key, outcome, confirm)
 
-    def _emit(self, tracer: Tracer, name: str, interval: Interval, key: HandoffKey, outcome: str, attributes: dict[str, str | int]) -> None:
+    def _emit(self, tracer: Tracer, name: str, interval: Interval, key: HandoffKey, outcome: str, attributes: _Attributes) -> None:
         if not interval.start_ns:
             return
-        common: dict[str, str | int] = {
+        common: _Attributes = {
             semconv.BATON_REQUEST_ID: key.request_id,
             semconv.BATON_ATTEMPT: key.attempt,
             semconv.BATON_OUTCOME: outcome,

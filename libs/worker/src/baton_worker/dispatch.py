@@ -66,6 +66,7 @@ class _Attempt:
     first_step_at: float = 0.0
     cached_tokens: int = 0
     handoff_bytes: int = 0
+    exposed_s: float = 0.0
 
 
 class Dispatcher:
@@ -229,6 +230,7 @@ class Dispatcher:
             return self._engine.blocks.release(key)  # ended here while the last confirm was on its way
         attempt.cached_tokens = complete.cached_tokens
         attempt.handoff_bytes = complete.handoff_bytes
+        attempt.exposed_s = complete.exposed_s
         reason = attempt.cancel_reason or attempt.own_reason
         if reason is not None:
             self._engine.blocks.release(key)
@@ -284,6 +286,7 @@ class Dispatcher:
         finished.usage.input_tokens = len(attempt.start.request.token_ids)
         finished.usage.cached_tokens = attempt.cached_tokens
         finished.usage.handoff_bytes = attempt.handoff_bytes
+        finished.usage.exposed_handoff_us = round(attempt.exposed_s * 1e6)
         if attempt.first_step_at:
             finished.usage.queue_us = int((attempt.first_step_at - attempt.accepted_at) * 1e6)
         self._metrics.ended(attempt.start.request, finished)
