@@ -307,6 +307,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     CancelledError while the call itself was not cancelled: INTERNAL (grpc.aio would answer nothing and the client would hang).
     Anything else: INTERNAL with an id that is also in our log; its text never leaves the process.
     Handlers must be coroutine functions or async generator functions; others are left alone.
+
+    A handler that streams finds its initial metadata sent: grpc.aio would send it with the first write, and if that one is cancelled
+    under way it sends it again with the status, which the core refuses (TOO_MANY_OPERATIONS); the client would wait for ever.
     """
 
     def __init__(self, registry: HandlerRegistry | None = None) -> None:
@@ -325,17 +328,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         inner = getattr(handler, kind)
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
-            self._wrapped(inner, handler_call_details.method),
+            self._wrapped(inner, handler_call_details.method, is_streaming=handler.response_streaming),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _wrapped(self, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
+    def _wrapped(self, inner: Callable[..., Any], method: str, *, is_streaming: bool) -> Callable[..., Any]:
         if inspect.isasyncgenfunction(inner):
 
             async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
                 with self.registry.entered():
                     try:
+                        if not await _metadata_sent(context):
+                            return
                         async with contextlib.aclosing(inner(request, context)) as responses:
                             async for response in responses:
                                 yield response
@@ -348,6 +353,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             async def call(request: Any, context: Any) -> Any:
                 with self.registry.entered():
                     try:
+                        if is_streaming and not await _metadata_sent(context):
+                            return None
                         return await inner(request, context)
                     except (Exception, asyncio.CancelledError) as escaped:
                         return await self._end(escaped, context, method)
@@ -368,6 +375,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             single = Internal(error_id)
         status = to_status(single, _domain(method))
         await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+async def _metadata_sent(context: Any) -> bool:
+    """Send the initial metadata of a stream; False if the client has left already."""
+    try:
+        await context.send_initial_metadata(())
+    except grpc.aio.InternalError:
+        return False
+    return True
 
 
 def _is_task_cancelled() -> bool:
