@@ -71,18 +71,22 @@ class Answer(_message.Message):
     def __init__(self, query_id: _Optional[int] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("decode", "prefill", "predicted_queue_us", "predicted_prefill_us", "predicted_transfer_us")
+    __slots__ = ("decode", "prefill", "predicted_queue_us", "predicted_prefill_us", "predicted_transfer_us", "fetch_from", "predicted_fetch_us")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_PREFILL_US_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TRANSFER_US_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FROM_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FETCH_US_FIELD_NUMBER: _ClassVar[int]
     decode: Target
     prefill: Target
     predicted_queue_us: int
     predicted_prefill_us: int
     predicted_transfer_us: int
-    def __init__(self, decode: _Optional[_Union[Target, _Mapping]] = ..., prefill: _Optional[_Union[Target, _Mapping]] = ..., predicted_queue_us: _Optional[int] = ..., predicted_prefill_us: _Optional[int] = ..., predicted_transfer_us: _Optional[int] = ...) -> None: ...
+    fetch_from: Target
+    predicted_fetch_us: int
+    def __init__(self, decode: _Optional[_Union[Target, _Mapping]] = ..., prefill: _Optional[_Union[Target, _Mapping]] = ..., predicted_queue_us: _Optional[int] = ..., predicted_prefill_us: _Optional[int] = ..., predicted_transfer_us: _Optional[int] = ..., fetch_from: _Optional[_Union[Target, _Mapping]] = ..., predicted_fetch_us: _Optional[int] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("instance_id", "incarnation", "address", "cached_tokens")

@@ -26,43 +26,51 @@ from baton_contracts.discovery.v1 import instance_pb2 as baton_dot_discovery_dot
 from baton_contracts.worker.v1 import worker_service_pb2 as baton_dot_worker_dot_v1_dot_worker__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%baton/worker/v1/handoff_service.proto\x12\x0f\x62\x61ton.worker.v1\x1a!baton/discovery/v1/instance.proto\x1a$baton/worker/v1/worker_service.proto\"L\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x03 \x01(\t\"\xfd\x01\n\x0bPairRequest\x12#\n\x04\x62\x65\x61t\x18\x01 \x01(\x0b\x32\x15.baton.worker.v1.Beat\x12+\n\x05hello\x18\x02 \x01(\x0b\x32\x1a.baton.worker.v1.PairHelloH\x00\x12\x32\n\x0b\x62\x65gin_reply\x18\x03 \x01(\x0b\x32\x1b.baton.worker.v1.BeginReplyH\x00\x12+\n\x07\x63onfirm\x18\x04 \x01(\x0b\x32\x18.baton.worker.v1.ConfirmH\x00\x12\x30\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x1e.baton.worker.v1.CancelHandoffH\x00\x42\t\n\x07message\"\xb1\x02\n\x0cPairResponse\x12#\n\x04\x62\x65\x61t\x18\x01 \x01(\x0b\x32\x15.baton.worker.v1.Beat\x12/\n\x07welcome\x18\x02 \x01(\x0b\x32\x1c.baton.worker.v1.PairWelcomeH\x00\x12\'\n\x05\x62\x65gin\x18\x03 \x01(\x0b\x32\x16.baton.worker.v1.BeginH\x00\x12-\n\x08\x61nnounce\x18\x04 \x01(\x0b\x32\x19.baton.worker.v1.AnnounceH\x00\x12\x36\n\rconfirm_reply\x18\x05 \x01(\x0b\x32\x1d.baton.worker.v1.ConfirmReplyH\x00\x12\x30\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x1e.baton.worker.v1.CancelHandoffH\x00\x42\t\n\x07message\"\xff\x01\n\tPairHello\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x05 \x01(\t\x12\x13\n\x0bpair_secret\x18\x06 \x01(\x0c\x12\x0f\n\x07session\x18\x07 \x01(\x04\x12,\n\x06layout\x18\x08 \x01(\x0b\x32\x1c.baton.discovery.v1.KvLayout\x12,\n\x08handoffs\x18\t \x03(\x0b\x32\x1a.baton.worker.v1.HandoffId\"N\n\x0bPairWelcome\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"q\n\x05\x42\x65gin\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"\xda\x01\n\nBeginReply\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1e.baton.worker.v1.BeginAcceptedH\x00\x12/\n\x07not_now\x18\x03 \x01(\x0b\x32\x1c.baton.worker.v1.BeginNotNowH\x00\x12\x30\n\x07refused\x18\x04 \x01(\x0b\x32\x1d.baton.worker.v1.BeginRefusedH\x00\x42\x08\n\x06\x61nswer\"$\n\rBeginAccepted\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\"%\n\x0b\x42\x65ginNotNow\x12\x16\n\x0eretry_after_ms\x18\x01 \x01(\r\"\x1e\n\x0c\x42\x65ginRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x8d\x01\n\x08\x41nnounce\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x18\n\x10source_block_ids\x18\x03 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x61ge_us\x18\x05 \x01(\x04\"V\n\x07\x43onfirm\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x11\n\tend_block\x18\x02 \x01(\r\x12\x0b\n\x03tag\x18\x03 \x01(\x0c\"\x8e\x01\n\x0c\x43onfirmReply\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x11\n\tend_block\x18\x02 \x01(\r\x12.\n\x06\x61nswer\x18\x03 \x01(\x0e\x32\x1e.baton.worker.v1.ConfirmAnswer\x12\x0e\n\x06\x61ge_us\x18\x04 \x01(\x04\"L\n\rCancelHandoff\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x0e\n\x06reason\x18\x02 \x01(\t*\xa7\x01\n\rConfirmAnswer\x12\x1e\n\x1a\x43ONFIRM_ANSWER_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43ONFIRM_ANSWER_CONFIRMED\x10\x01\x12\x1d\n\x19\x43ONFIRM_ANSWER_NOT_PINNED\x10\x02\x12\x1f\n\x1b\x43ONFIRM_ANSWER_TAG_MISMATCH\x10\x03\x12\x18\n\x14\x43ONFIRM_ANSWER_STALE\x10\x04\x32Y\n\x0eHandoffService\x12G\n\x04Pair\x12\x1c.baton.worker.v1.PairRequest\x1a\x1d.baton.worker.v1.PairResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%baton/worker/v1/handoff_service.proto\x12\x0f\x62\x61ton.worker.v1\x1a!baton/discovery/v1/instance.proto\x1a$baton/worker/v1/worker_service.proto\"^\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x03 \x01(\t\x12\x10\n\x08is_fetch\x18\x04 \x01(\x08\"\xa6\x02\n\x0bPairRequest\x12#\n\x04\x62\x65\x61t\x18\x01 \x01(\x0b\x32\x15.baton.worker.v1.Beat\x12+\n\x05hello\x18\x02 \x01(\x0b\x32\x1a.baton.worker.v1.PairHelloH\x00\x12\x32\n\x0b\x62\x65gin_reply\x18\x03 \x01(\x0b\x32\x1b.baton.worker.v1.BeginReplyH\x00\x12+\n\x07\x63onfirm\x18\x04 \x01(\x0b\x32\x18.baton.worker.v1.ConfirmH\x00\x12\x30\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x1e.baton.worker.v1.CancelHandoffH\x00\x12\'\n\x05\x66\x65tch\x18\x06 \x01(\x0b\x32\x16.baton.worker.v1.FetchH\x00\x42\t\n\x07message\"\xe5\x02\n\x0cPairResponse\x12#\n\x04\x62\x65\x61t\x18\x01 \x01(\x0b\x32\x15.baton.worker.v1.Beat\x12/\n\x07welcome\x18\x02 \x01(\x0b\x32\x1c.baton.worker.v1.PairWelcomeH\x00\x12\'\n\x05\x62\x65gin\x18\x03 \x01(\x0b\x32\x16.baton.worker.v1.BeginH\x00\x12-\n\x08\x61nnounce\x18\x04 \x01(\x0b\x32\x19.baton.worker.v1.AnnounceH\x00\x12\x36\n\rconfirm_reply\x18\x05 \x01(\x0b\x32\x1d.baton.worker.v1.ConfirmReplyH\x00\x12\x30\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x1e.baton.worker.v1.CancelHandoffH\x00\x12\x32\n\x0b\x66\x65tch_reply\x18\x07 \x01(\x0b\x32\x1b.baton.worker.v1.FetchReplyH\x00\x42\t\n\x07message\"\xff\x01\n\tPairHello\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x05 \x01(\t\x12\x13\n\x0bpair_secret\x18\x06 \x01(\x0c\x12\x0f\n\x07session\x18\x07 \x01(\x04\x12,\n\x06layout\x18\x08 \x01(\x0b\x32\x1c.baton.discovery.v1.KvLayout\x12,\n\x08handoffs\x18\t \x03(\x0b\x32\x1a.baton.worker.v1.HandoffId\"N\n\x0bPairWelcome\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"q\n\x05\x42\x65gin\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"\xda\x01\n\nBeginReply\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x32\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1e.baton.worker.v1.BeginAcceptedH\x00\x12/\n\x07not_now\x18\x03 \x01(\x0b\x32\x1c.baton.worker.v1.BeginNotNowH\x00\x12\x30\n\x07refused\x18\x04 \x01(\x0b\x32\x1d.baton.worker.v1.BeginRefusedH\x00\x42\x08\n\x06\x61nswer\"$\n\rBeginAccepted\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\"%\n\x0b\x42\x65ginNotNow\x12\x16\n\x0eretry_after_ms\x18\x01 \x01(\r\"\x1e\n\x0c\x42\x65ginRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x8d\x01\n\x08\x41nnounce\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x18\n\x10source_block_ids\x18\x03 \x01(\x0c\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x61ge_us\x18\x05 \x01(\x04\"V\n\x07\x43onfirm\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x11\n\tend_block\x18\x02 \x01(\r\x12\x0b\n\x03tag\x18\x03 \x01(\x0c\"\x8e\x01\n\x0c\x43onfirmReply\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x11\n\tend_block\x18\x02 \x01(\r\x12.\n\x06\x61nswer\x18\x03 \x01(\x0e\x32\x1e.baton.worker.v1.ConfirmAnswer\x12\x0e\n\x06\x61ge_us\x18\x04 \x01(\x04\"L\n\rCancelHandoff\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"t\n\x05\x46\x65tch\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x01(\x0c\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"\x9d\x01\n\nFetchReply\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12,\n\x05\x66ound\x18\x02 \x01(\x0b\x32\x1b.baton.worker.v1.FetchFoundH\x00\x12*\n\x04none\x18\x03 \x01(\x0b\x32\x1a.baton.worker.v1.FetchNoneH\x00\x42\x08\n\x06\x61nswer\";\n\nFetchFound\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\x18\n\x10source_block_ids\x18\x02 \x01(\x0c\"\x1b\n\tFetchNone\x12\x0e\n\x06reason\x18\x01 \x01(\t*\xa7\x01\n\rConfirmAnswer\x12\x1e\n\x1a\x43ONFIRM_ANSWER_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43ONFIRM_ANSWER_CONFIRMED\x10\x01\x12\x1d\n\x19\x43ONFIRM_ANSWER_NOT_PINNED\x10\x02\x12\x1f\n\x1b\x43ONFIRM_ANSWER_TAG_MISMATCH\x10\x03\x12\x18\n\x14\x43ONFIRM_ANSWER_STALE\x10\x04\x32Y\n\x0eHandoffService\x12G\n\x04Pair\x12\x1c.baton.worker.v1.PairRequest\x1a\x1d.baton.worker.v1.PairResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.worker.v1.handoff_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONFIRMANSWER']._serialized_start=2012
-  _globals['_CONFIRMANSWER']._serialized_end=2179
+  _globals['_CONFIRMANSWER']._serialized_start=2491
+  _globals['_CONFIRMANSWER']._serialized_end=2658
   _globals['_HANDOFFID']._serialized_start=131
-  _globals['_HANDOFFID']._serialized_end=207
-  _globals['_PAIRREQUEST']._serialized_start=210
-  _globals['_PAIRREQUEST']._serialized_end=463
-  _globals['_PAIRRESPONSE']._serialized_start=466
-  _globals['_PAIRRESPONSE']._serialized_end=771
-  _globals['_PAIRHELLO']._serialized_start=774
-  _globals['_PAIRHELLO']._serialized_end=1029
-  _globals['_PAIRWELCOME']._serialized_start=1031
-  _globals['_PAIRWELCOME']._serialized_end=1109
-  _globals['_BEGIN']._serialized_start=1111
-  _globals['_BEGIN']._serialized_end=1224
-  _globals['_BEGINREPLY']._serialized_start=1227
-  _globals['_BEGINREPLY']._serialized_end=1445
-  _globals['_BEGINACCEPTED']._serialized_start=1447
-  _globals['_BEGINACCEPTED']._serialized_end=1483
-  _globals['_BEGINNOTNOW']._serialized_start=1485
-  _globals['_BEGINNOTNOW']._serialized_end=1522
-  _globals['_BEGINREFUSED']._serialized_start=1524
-  _globals['_BEGINREFUSED']._serialized_end=1554
-  _globals['_ANNOUNCE']._serialized_start=1557
-  _globals['_ANNOUNCE']._serialized_end=1698
-  _globals['_CONFIRM']._serialized_start=1700
-  _globals['_CONFIRM']._serialized_end=1786
-  _globals['_CONFIRMREPLY']._serialized_start=1789
-  _globals['_CONFIRMREPLY']._serialized_end=1931
-  _globals['_CANCELHANDOFF']._serialized_start=1933
-  _globals['_CANCELHANDOFF']._serialized_end=2009
-  _globals['_HANDOFFSERVICE']._serialized_start=2181
-  _globals['_HANDOFFSERVICE']._serialized_end=2270
+  _globals['_HANDOFFID']._serialized_end=225
+  _globals['_PAIRREQUEST']._serialized_start=228
+  _globals['_PAIRREQUEST']._serialized_end=522
+  _globals['_PAIRRESPONSE']._serialized_start=525
+  _globals['_PAIRRESPONSE']._serialized_end=882
+  _globals['_PAIRHELLO']._serialized_start=885
+  _globals['_PAIRHELLO']._serialized_end=1140
+  _globals['_PAIRWELCOME']._serialized_start=1142
+  _globals['_PAIRWELCOME']._serialized_end=1220
+  _globals['_BEGIN']._serialized_start=1222
+  _globals['_BEGIN']._serialized_end=1335
+  _globals['_BEGINREPLY']._serialized_start=1338
+  _globals['_BEGINREPLY']._serialized_end=1556
+  _globals['_BEGINACCEPTED']._serialized_start=1558
+  _globals['_BEGINACCEPTED']._serialized_end=1594
+  _globals['_BEGINNOTNOW']._serialized_start=1596
+  _globals['_BEGINNOTNOW']._serialized_end=1633
+  _globals['_BEGINREFUSED']._serialized_start=1635
+  _globals['_BEGINREFUSED']._serialized_end=1665
+  _globals['_ANNOUNCE']._serialized_start=1668
+  _globals['_ANNOUNCE']._serialized_end=1809
+  _globals['_CONFIRM']._serialized_start=1811
+  _globals['_CONFIRM']._serialized_end=1897
+  _globals['_CONFIRMREPLY']._serialized_start=1900
+  _globals['_CONFIRMREPLY']._serialized_end=2042
+  _globals['_CANCELHANDOFF']._serialized_start=2044
+  _globals['_CANCELHANDOFF']._serialized_end=2120
+  _globals['_FETCH']._serialized_start=2122
+  _globals['_FETCH']._serialized_end=2238
+  _globals['_FETCHREPLY']._serialized_start=2241
+  _globals['_FETCHREPLY']._serialized_end=2398
+  _globals['_FETCHFOUND']._serialized_start=2400
+  _globals['_FETCHFOUND']._serialized_end=2459
+  _globals['_FETCHNONE']._serialized_start=2461
+  _globals['_FETCHNONE']._serialized_end=2488
+  _globals['_HANDOFFSERVICE']._serialized_start=2660
+  _globals['_HANDOFFSERVICE']._serialized_end=2749
 # @@protoc_insertion_point(module_scope)

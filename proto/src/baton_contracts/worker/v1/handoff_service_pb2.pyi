@@ -22,44 +22,50 @@ CONFIRM_ANSWER_TAG_MISMATCH: ConfirmAnswer
 CONFIRM_ANSWER_STALE: ConfirmAnswer
 
 class HandoffId(_message.Message):
-    __slots__ = ("request_id", "attempt", "decode_incarnation")
+    __slots__ = ("request_id", "attempt", "decode_incarnation", "is_fetch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    IS_FETCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     decode_incarnation: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_incarnation: _Optional[str] = ...) -> None: ...
+    is_fetch: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_incarnation: _Optional[str] = ..., is_fetch: bool = ...) -> None: ...
 
 class PairRequest(_message.Message):
-    __slots__ = ("beat", "hello", "begin_reply", "confirm", "cancel")
+    __slots__ = ("beat", "hello", "begin_reply", "confirm", "cancel", "fetch")
     BEAT_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEGIN_REPLY_FIELD_NUMBER: _ClassVar[int]
     CONFIRM_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     beat: _worker_service_pb2.Beat
     hello: PairHello
     begin_reply: BeginReply
     confirm: Confirm
     cancel: CancelHandoff
-    def __init__(self, beat: _Optional[_Union[_worker_service_pb2.Beat, _Mapping]] = ..., hello: _Optional[_Union[PairHello, _Mapping]] = ..., begin_reply: _Optional[_Union[BeginReply, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ...) -> None: ...
+    fetch: Fetch
+    def __init__(self, beat: _Optional[_Union[_worker_service_pb2.Beat, _Mapping]] = ..., hello: _Optional[_Union[PairHello, _Mapping]] = ..., begin_reply: _Optional[_Union[BeginReply, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
 
 class PairResponse(_message.Message):
-    __slots__ = ("beat", "welcome", "begin", "announce", "confirm_reply", "cancel")
+    __slots__ = ("beat", "welcome", "begin", "announce", "confirm_reply", "cancel", "fetch_reply")
     BEAT_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     CONFIRM_REPLY_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    FETCH_REPLY_FIELD_NUMBER: _ClassVar[int]
     beat: _worker_service_pb2.Beat
     welcome: PairWelcome
     begin: Begin
     announce: Announce
     confirm_reply: ConfirmReply
     cancel: CancelHandoff
-    def __init__(self, beat: _Optional[_Union[_worker_service_pb2.Beat, _Mapping]] = ..., welcome: _Optional[_Union[PairWelcome, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., confirm_reply: _Optional[_Union[ConfirmReply, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ...) -> None: ...
+    fetch_reply: FetchReply
+    def __init__(self, beat: _Optional[_Union[_worker_service_pb2.Beat, _Mapping]] = ..., welcome: _Optional[_Union[PairWelcome, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., confirm_reply: _Optional[_Union[ConfirmReply, _Mapping]] = ..., cancel: _Optional[_Union[CancelHandoff, _Mapping]] = ..., fetch_reply: _Optional[_Union[FetchReply, _Mapping]] = ...) -> None: ...
 
 class PairHello(_message.Message):
     __slots__ = ("contract_version", "features", "instance_id", "incarnation", "source_incarnation", "pair_secret", "session", "layout", "handoffs")
@@ -178,3 +184,39 @@ class CancelHandoff(_message.Message):
     handoff: HandoffId
     reason: str
     def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("handoff", "first_block", "block_hashes", "traceparent")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    handoff: HandoffId
+    first_block: int
+    block_hashes: bytes
+    traceparent: str
+    def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., first_block: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class FetchReply(_message.Message):
+    __slots__ = ("handoff", "found", "none")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    NONE_FIELD_NUMBER: _ClassVar[int]
+    handoff: HandoffId
+    found: FetchFound
+    none: FetchNone
+    def __init__(self, handoff: _Optional[_Union[HandoffId, _Mapping]] = ..., found: _Optional[_Union[FetchFound, _Mapping]] = ..., none: _Optional[_Union[FetchNone, _Mapping]] = ...) -> None: ...
+
+class FetchFound(_message.Message):
+    __slots__ = ("first_block", "source_block_ids")
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    first_block: int
+    source_block_ids: bytes
+    def __init__(self, first_block: _Optional[int] = ..., source_block_ids: _Optional[bytes] = ...) -> None: ...
+
+class FetchNone(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...

@@ -102,7 +102,7 @@ class Resume(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., next_position: _Optional[int] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("slot", "request_id", "attempt", "traceparent", "deadline_ms", "priority", "token_ids", "num_prompt_tokens", "cache_root", "sampling", "whole", "prefill_for", "decode_from")
+    __slots__ = ("slot", "request_id", "attempt", "traceparent", "deadline_ms", "priority", "token_ids", "num_prompt_tokens", "cache_root", "sampling", "whole", "prefill_for", "decode_from", "fetch_from")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Start(_message.Message):
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FOR_FIELD_NUMBER: _ClassVar[int]
     DECODE_FROM_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FROM_FIELD_NUMBER: _ClassVar[int]
     slot: int
     request_id: str
     attempt: int
@@ -129,7 +130,8 @@ class Start(_message.Message):
     whole: Whole
     prefill_for: PrefillFor
     decode_from: DecodeFrom
-    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., whole: _Optional[_Union[Whole, _Mapping]] = ..., prefill_for: _Optional[_Union[PrefillFor, _Mapping]] = ..., decode_from: _Optional[_Union[DecodeFrom, _Mapping]] = ...) -> None: ...
+    fetch_from: FetchFrom
+    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., cache_root: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., whole: _Optional[_Union[Whole, _Mapping]] = ..., prefill_for: _Optional[_Union[PrefillFor, _Mapping]] = ..., decode_from: _Optional[_Union[DecodeFrom, _Mapping]] = ..., fetch_from: _Optional[_Union[FetchFrom, _Mapping]] = ...) -> None: ...
 
 class Whole(_message.Message):
     __slots__ = ()
@@ -152,6 +154,18 @@ class DecodeFrom(_message.Message):
     prefill_incarnation: str
     prefill_address: str
     def __init__(self, prefill_instance_id: _Optional[str] = ..., prefill_incarnation: _Optional[str] = ..., prefill_address: _Optional[str] = ...) -> None: ...
+
+class FetchFrom(_message.Message):
+    __slots__ = ("instance_id", "incarnation", "address", "num_tokens")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    incarnation: str
+    address: str
+    num_tokens: int
+    def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("seed", "choice", "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias")
@@ -275,20 +289,22 @@ class Finished(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., handoff_failure: _Optional[_Union[HandoffFailure, _Mapping]] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("input_tokens", "cached_tokens", "output_tokens", "handoff_bytes", "queue_us", "exposed_handoff_us")
+    __slots__ = ("input_tokens", "cached_tokens", "output_tokens", "handoff_bytes", "queue_us", "exposed_handoff_us", "fetched_tokens")
     INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_HANDOFF_US_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     input_tokens: int
     cached_tokens: int
     output_tokens: int
     handoff_bytes: int
     queue_us: int
     exposed_handoff_us: int
-    def __init__(self, input_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., queue_us: _Optional[int] = ..., exposed_handoff_us: _Optional[int] = ...) -> None: ...
+    fetched_tokens: int
+    def __init__(self, input_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., queue_us: _Optional[int] = ..., exposed_handoff_us: _Optional[int] = ..., fetched_tokens: _Optional[int] = ...) -> None: ...
 
 class HandoffFailure(_message.Message):
     __slots__ = ("peer_incarnation", "cause", "confirmed_tokens")
