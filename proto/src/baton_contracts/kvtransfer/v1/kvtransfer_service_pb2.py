@@ -26,37 +26,55 @@ from baton_contracts.discovery.v1 import instance_pb2 as baton_dot_discovery_dot
 from baton_contracts.worker.v1 import handoff_service_pb2 as baton_dot_worker_dot_v1_dot_handoff__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,baton/kvtransfer/v1/kvtransfer_service.proto\x12\x13\x62\x61ton.kvtransfer.v1\x1a!baton/discovery/v1/instance.proto\x1a%baton/worker/v1/handoff_service.proto\"\xd2\x01\n\x0c\x42ooksRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.baton.kvtransfer.v1.BooksHello\x12\x31\n\x06\x65vents\x18\x02 \x03(\x0b\x32!.baton.kvtransfer.v1.HandoffEvent\x12,\n\x04sums\x18\x03 \x01(\x0b\x32\x1e.baton.kvtransfer.v1.BooksSums\x12\x31\n\npeers_down\x18\x04 \x03(\x0b\x32\x1d.baton.kvtransfer.v1.PeerDown\"<\n\nBooksHello\x12.\n\x08instance\x18\x01 \x01(\x0b\x32\x1c.baton.discovery.v1.Instance\"\xbe\x02\n\x0cHandoffEvent\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\'\n\x04side\x18\x02 \x01(\x0e\x32\x19.baton.kvtransfer.v1.Side\x12\x33\n\x04kind\x18\x03 \x01(\x0e\x32%.baton.kvtransfer.v1.HandoffEventKind\x12\x18\n\x10peer_incarnation\x18\x04 \x01(\t\x12\x12\n\nheld_bytes\x18\x05 \x01(\x04\x12\x17\n\x0f\x63onfirmed_bytes\x18\x06 \x01(\x04\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\x12\x34\n\x07outcome\x18\x08 \x01(\x0e\x32#.baton.kvtransfer.v1.HandoffOutcome\x12\x11\n\ttransport\x18\t \x01(\t\"Q\n\tBooksSums\x12\x14\n\x0cpinned_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\x12\x16\n\x0estranded_bytes\x18\x03 \x01(\x04\"/\n\x08PeerDown\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"|\n\rBooksResponse\x12\x38\n\rintroductions\x18\x01 \x03(\x0b\x32!.baton.kvtransfer.v1.Introduction\x12\x31\n\npeers_down\x18\x02 \x03(\x0b\x32\x1d.baton.kvtransfer.v1.PeerDown\"`\n\x0cIntroduction\x12*\n\x04peer\x18\x01 \x01(\x0b\x32\x1c.baton.discovery.v1.Instance\x12\x13\n\x0bpair_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"\x11\n\x0fGetBooksRequest\"\xaa\x01\n\x10GetBooksResponse\x12\x15\n\rlive_handoffs\x18\x01 \x01(\r\x12\x12\n\nheld_bytes\x18\x02 \x01(\x04\x12\x16\n\x0emismatch_bytes\x18\x03 \x01(\x04\x12\x17\n\x0f\x61greed_handoffs\x18\x04 \x01(\x04\x12\x1a\n\x12\x64isagreed_handoffs\x18\x05 \x01(\x04\x12\x1e\n\x16reporting_incarnations\x18\x06 \x03(\t*<\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSIDE_SOURCE\x10\x01\x12\r\n\tSIDE_SINK\x10\x02*\x93\x01\n\x10HandoffEventKind\x12\"\n\x1eHANDOFF_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18HANDOFF_EVENT_KIND_BEGUN\x10\x01\x12\x1f\n\x1bHANDOFF_EVENT_KIND_PROGRESS\x10\x02\x12\x1c\n\x18HANDOFF_EVENT_KIND_ENDED\x10\x03*\xe6\x01\n\x0eHandoffOutcome\x12\x1f\n\x1bHANDOFF_OUTCOME_UNSPECIFIED\x10\x00\x12\x1d\n\x19HANDOFF_OUTCOME_CONFIRMED\x10\x01\x12\x1d\n\x19HANDOFF_OUTCOME_CANCELLED\x10\x02\x12\x1a\n\x16HANDOFF_OUTCOME_FENCED\x10\x03\x12\x1e\n\x1aHANDOFF_OUTCOME_NOT_PINNED\x10\x04\x12\x1d\n\x19HANDOFF_OUTCOME_DATA_LOSS\x10\x05\x12\x1a\n\x16HANDOFF_OUTCOME_FAILED\x10\x06\x32\xc0\x01\n\x11KvTransferService\x12R\n\x05\x42ooks\x12!.baton.kvtransfer.v1.BooksRequest\x1a\".baton.kvtransfer.v1.BooksResponse(\x01\x30\x01\x12W\n\x08GetBooks\x12$.baton.kvtransfer.v1.GetBooksRequest\x1a%.baton.kvtransfer.v1.GetBooksResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,baton/kvtransfer/v1/kvtransfer_service.proto\x12\x13\x62\x61ton.kvtransfer.v1\x1a!baton/discovery/v1/instance.proto\x1a%baton/worker/v1/handoff_service.proto\"\x94\x02\n\x0c\x42ooksRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.baton.kvtransfer.v1.BooksHello\x12\x31\n\x06\x65vents\x18\x02 \x03(\x0b\x32!.baton.kvtransfer.v1.HandoffEvent\x12,\n\x04sums\x18\x03 \x01(\x0b\x32\x1e.baton.kvtransfer.v1.BooksSums\x12\x31\n\npeers_down\x18\x04 \x03(\x0b\x32\x1d.baton.kvtransfer.v1.PeerDown\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12.\n\x05links\x18\x06 \x03(\x0b\x32\x1f.baton.kvtransfer.v1.LinkReport\"\x89\x01\n\nLinkReport\x12\x1a\n\x12source_incarnation\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x14\n\x0cpulled_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_per_s\x18\x05 \x01(\x04\x12\x11\n\tis_closed\x18\x06 \x01(\x08\"<\n\nBooksHello\x12.\n\x08instance\x18\x01 \x01(\x0b\x32\x1c.baton.discovery.v1.Instance\"\xf5\x02\n\x0cHandoffEvent\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\'\n\x04side\x18\x02 \x01(\x0e\x32\x19.baton.kvtransfer.v1.Side\x12\x33\n\x04kind\x18\x03 \x01(\x0e\x32%.baton.kvtransfer.v1.HandoffEventKind\x12\x18\n\x10peer_incarnation\x18\x04 \x01(\t\x12\x12\n\nheld_bytes\x18\x05 \x01(\x04\x12\x17\n\x0f\x63onfirmed_bytes\x18\x06 \x01(\x04\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\x12\x34\n\x07outcome\x18\x08 \x01(\x0e\x32#.baton.kvtransfer.v1.HandoffOutcome\x12\x11\n\ttransport\x18\t \x01(\t\x12\x14\n\x0cpulled_bytes\x18\n \x01(\x04\x12\x0f\n\x07pull_us\x18\x0b \x01(\x04\x12\x0e\n\x06\x61ge_us\x18\x0c \x01(\x04\"Q\n\tBooksSums\x12\x14\n\x0cpinned_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\x12\x16\n\x0estranded_bytes\x18\x03 \x01(\x04\"/\n\x08PeerDown\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x95\x01\n\rBooksResponse\x12\x38\n\rintroductions\x18\x01 \x03(\x0b\x32!.baton.kvtransfer.v1.Introduction\x12\x31\n\npeers_down\x18\x02 \x03(\x0b\x32\x1d.baton.kvtransfer.v1.PeerDown\x12\x17\n\x0f\x62ooked_sequence\x18\x03 \x01(\x04\"`\n\x0cIntroduction\x12*\n\x04peer\x18\x01 \x01(\x0b\x32\x1c.baton.discovery.v1.Instance\x12\x13\n\x0bpair_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"\x11\n\x0fGetBooksRequest\"\xd4\x01\n\x10GetBooksResponse\x12\x15\n\rlive_handoffs\x18\x01 \x01(\r\x12\x12\n\nheld_bytes\x18\x02 \x01(\x04\x12\x16\n\x0emismatch_bytes\x18\x03 \x01(\x04\x12\x17\n\x0f\x61greed_handoffs\x18\x04 \x01(\x04\x12\x1a\n\x12\x64isagreed_handoffs\x18\x05 \x01(\x04\x12\x1e\n\x16reporting_incarnations\x18\x06 \x03(\t\x12(\n\x05links\x18\x07 \x03(\x0b\x32\x19.baton.kvtransfer.v1.Link\"\x87\x01\n\x04Link\x12\x18\n\x10sink_instance_id\x18\x01 \x01(\t\x12\x18\n\x10sink_incarnation\x18\x02 \x01(\t\x12\x1a\n\x12source_instance_id\x18\x03 \x01(\t\x12/\n\x06report\x18\x04 \x01(\x0b\x32\x1f.baton.kvtransfer.v1.LinkReport\"?\n\x14WatchHandoffsRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\xd0\x01\n\x15WatchHandoffsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x38\n\x08snapshot\x18\x02 \x01(\x0b\x32$.baton.kvtransfer.v1.HandoffSnapshotH\x00\x12\x32\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32!.baton.kvtransfer.v1.HandoffDeltaH\x00\x12,\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1d.baton.kvtransfer.v1.WatchEndH\x00\x42\t\n\x07message\"p\n\x0fHandoffSnapshot\x12\x32\n\x08handoffs\x18\x01 \x03(\x0b\x32 .baton.kvtransfer.v1.HandoffView\x12\x10\n\x08left_out\x18\x02 \x01(\r\x12\x17\n\x0f\x64ropped_changes\x18\x03 \x01(\x04\"B\n\x0cHandoffDelta\x12\x32\n\x08handoffs\x18\x01 \x03(\x0b\x32 .baton.kvtransfer.v1.HandoffView\"\x1a\n\x08WatchEnd\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x91\x02\n\x0bHandoffView\x12+\n\x07handoff\x18\x01 \x01(\x0b\x32\x1a.baton.worker.v1.HandoffId\x12\x30\n\x06source\x18\x02 \x01(\x0b\x32 .baton.kvtransfer.v1.HandoffSide\x12.\n\x04sink\x18\x03 \x01(\x0b\x32 .baton.kvtransfer.v1.HandoffSide\x12\x0f\n\x07is_live\x18\x04 \x01(\x08\x12\x0e\n\x06\x61ge_us\x18\x05 \x01(\x04\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x18\n\x10transport_reason\x18\x07 \x01(\t\x12\x14\n\x0cpulled_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07pull_us\x18\t \x01(\x04\"\xe0\x01\n\x0bHandoffSide\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x33\n\x04kind\x18\x03 \x01(\x0e\x32%.baton.kvtransfer.v1.HandoffEventKind\x12\x12\n\nheld_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x63onfirmed_bytes\x18\x05 \x01(\x04\x12\x34\n\x07outcome\x18\x06 \x01(\x0e\x32#.baton.kvtransfer.v1.HandoffOutcome\x12\x0f\n\x07is_down\x18\x07 \x01(\x08*<\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSIDE_SOURCE\x10\x01\x12\r\n\tSIDE_SINK\x10\x02*\x93\x01\n\x10HandoffEventKind\x12\"\n\x1eHANDOFF_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18HANDOFF_EVENT_KIND_BEGUN\x10\x01\x12\x1f\n\x1bHANDOFF_EVENT_KIND_PROGRESS\x10\x02\x12\x1c\n\x18HANDOFF_EVENT_KIND_ENDED\x10\x03*\xe6\x01\n\x0eHandoffOutcome\x12\x1f\n\x1bHANDOFF_OUTCOME_UNSPECIFIED\x10\x00\x12\x1d\n\x19HANDOFF_OUTCOME_CONFIRMED\x10\x01\x12\x1d\n\x19HANDOFF_OUTCOME_CANCELLED\x10\x02\x12\x1a\n\x16HANDOFF_OUTCOME_FENCED\x10\x03\x12\x1e\n\x1aHANDOFF_OUTCOME_NOT_PINNED\x10\x04\x12\x1d\n\x19HANDOFF_OUTCOME_DATA_LOSS\x10\x05\x12\x1a\n\x16HANDOFF_OUTCOME_FAILED\x10\x06\x32\xaa\x02\n\x11KvTransferService\x12R\n\x05\x42ooks\x12!.baton.kvtransfer.v1.BooksRequest\x1a\".baton.kvtransfer.v1.BooksResponse(\x01\x30\x01\x12W\n\x08GetBooks\x12$.baton.kvtransfer.v1.GetBooksRequest\x1a%.baton.kvtransfer.v1.GetBooksResponse\x12h\n\rWatchHandoffs\x12).baton.kvtransfer.v1.WatchHandoffsRequest\x1a*.baton.kvtransfer.v1.WatchHandoffsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.kvtransfer.v1.kvtransfer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SIDE']._serialized_start=1287
-  _globals['_SIDE']._serialized_end=1347
-  _globals['_HANDOFFEVENTKIND']._serialized_start=1350
-  _globals['_HANDOFFEVENTKIND']._serialized_end=1497
-  _globals['_HANDOFFOUTCOME']._serialized_start=1500
-  _globals['_HANDOFFOUTCOME']._serialized_end=1730
+  _globals['_SIDE']._serialized_start=2743
+  _globals['_SIDE']._serialized_end=2803
+  _globals['_HANDOFFEVENTKIND']._serialized_start=2806
+  _globals['_HANDOFFEVENTKIND']._serialized_end=2953
+  _globals['_HANDOFFOUTCOME']._serialized_start=2956
+  _globals['_HANDOFFOUTCOME']._serialized_end=3186
   _globals['_BOOKSREQUEST']._serialized_start=144
-  _globals['_BOOKSREQUEST']._serialized_end=354
-  _globals['_BOOKSHELLO']._serialized_start=356
-  _globals['_BOOKSHELLO']._serialized_end=416
-  _globals['_HANDOFFEVENT']._serialized_start=419
-  _globals['_HANDOFFEVENT']._serialized_end=737
-  _globals['_BOOKSSUMS']._serialized_start=739
-  _globals['_BOOKSSUMS']._serialized_end=820
-  _globals['_PEERDOWN']._serialized_start=822
-  _globals['_PEERDOWN']._serialized_end=869
-  _globals['_BOOKSRESPONSE']._serialized_start=871
-  _globals['_BOOKSRESPONSE']._serialized_end=995
-  _globals['_INTRODUCTION']._serialized_start=997
-  _globals['_INTRODUCTION']._serialized_end=1093
-  _globals['_GETBOOKSREQUEST']._serialized_start=1095
-  _globals['_GETBOOKSREQUEST']._serialized_end=1112
-  _globals['_GETBOOKSRESPONSE']._serialized_start=1115
-  _globals['_GETBOOKSRESPONSE']._serialized_end=1285
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1733
-  _globals['_KVTRANSFERSERVICE']._serialized_end=1925
+  _globals['_BOOKSREQUEST']._serialized_end=420
+  _globals['_LINKREPORT']._serialized_start=423
+  _globals['_LINKREPORT']._serialized_end=560
+  _globals['_BOOKSHELLO']._serialized_start=562
+  _globals['_BOOKSHELLO']._serialized_end=622
+  _globals['_HANDOFFEVENT']._serialized_start=625
+  _globals['_HANDOFFEVENT']._serialized_end=998
+  _globals['_BOOKSSUMS']._serialized_start=1000
+  _globals['_BOOKSSUMS']._serialized_end=1081
+  _globals['_PEERDOWN']._serialized_start=1083
+  _globals['_PEERDOWN']._serialized_end=1130
+  _globals['_BOOKSRESPONSE']._serialized_start=1133
+  _globals['_BOOKSRESPONSE']._serialized_end=1282
+  _globals['_INTRODUCTION']._serialized_start=1284
+  _globals['_INTRODUCTION']._serialized_end=1380
+  _globals['_GETBOOKSREQUEST']._serialized_start=1382
+  _globals['_GETBOOKSREQUEST']._serialized_end=1399
+  _globals['_GETBOOKSRESPONSE']._serialized_start=1402
+  _globals['_GETBOOKSRESPONSE']._serialized_end=1614
+  _globals['_LINK']._serialized_start=1617
+  _globals['_LINK']._serialized_end=1752
+  _globals['_WATCHHANDOFFSREQUEST']._serialized_start=1754
+  _globals['_WATCHHANDOFFSREQUEST']._serialized_end=1817
+  _globals['_WATCHHANDOFFSRESPONSE']._serialized_start=1820
+  _globals['_WATCHHANDOFFSRESPONSE']._serialized_end=2028
+  _globals['_HANDOFFSNAPSHOT']._serialized_start=2030
+  _globals['_HANDOFFSNAPSHOT']._serialized_end=2142
+  _globals['_HANDOFFDELTA']._serialized_start=2144
+  _globals['_HANDOFFDELTA']._serialized_end=2210
+  _globals['_WATCHEND']._serialized_start=2212
+  _globals['_WATCHEND']._serialized_end=2238
+  _globals['_HANDOFFVIEW']._serialized_start=2241
+  _globals['_HANDOFFVIEW']._serialized_end=2514
+  _globals['_HANDOFFSIDE']._serialized_start=2517
+  _globals['_HANDOFFSIDE']._serialized_end=2741
+  _globals['_KVTRANSFERSERVICE']._serialized_start=3189
+  _globals['_KVTRANSFERSERVICE']._serialized_end=3487
 # @@protoc_insertion_point(module_scope)

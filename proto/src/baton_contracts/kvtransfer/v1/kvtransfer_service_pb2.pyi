@@ -46,16 +46,36 @@ HANDOFF_OUTCOME_DATA_LOSS: HandoffOutcome
 HANDOFF_OUTCOME_FAILED: HandoffOutcome
 
 class BooksRequest(_message.Message):
-    __slots__ = ("hello", "events", "sums", "peers_down")
+    __slots__ = ("hello", "events", "sums", "peers_down", "sequence", "links")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     PEERS_DOWN_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     hello: BooksHello
     events: _containers.RepeatedCompositeFieldContainer[HandoffEvent]
     sums: BooksSums
     peers_down: _containers.RepeatedCompositeFieldContainer[PeerDown]
-    def __init__(self, hello: _Optional[_Union[BooksHello, _Mapping]] = ..., events: _Optional[_Iterable[_Union[HandoffEvent, _Mapping]]] = ..., sums: _Optional[_Union[BooksSums, _Mapping]] = ..., peers_down: _Optional[_Iterable[_Union[PeerDown, _Mapping]]] = ...) -> None: ...
+    sequence: int
+    links: _containers.RepeatedCompositeFieldContainer[LinkReport]
+    def __init__(self, hello: _Optional[_Union[BooksHello, _Mapping]] = ..., events: _Optional[_Iterable[_Union[HandoffEvent, _Mapping]]] = ..., sums: _Optional[_Union[BooksSums, _Mapping]] = ..., peers_down: _Optional[_Iterable[_Union[PeerDown, _Mapping]]] = ..., sequence: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ...) -> None: ...
+
+class LinkReport(_message.Message):
+    __slots__ = ("source_incarnation", "transport", "reason", "pulled_bytes", "bytes_per_s", "is_closed")
+    SOURCE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    IS_CLOSED_FIELD_NUMBER: _ClassVar[int]
+    source_incarnation: str
+    transport: str
+    reason: str
+    pulled_bytes: int
+    bytes_per_s: int
+    is_closed: bool
+    def __init__(self, source_incarnation: _Optional[str] = ..., transport: _Optional[str] = ..., reason: _Optional[str] = ..., pulled_bytes: _Optional[int] = ..., bytes_per_s: _Optional[int] = ..., is_closed: bool = ...) -> None: ...
 
 class BooksHello(_message.Message):
     __slots__ = ("instance",)
@@ -64,7 +84,7 @@ class BooksHello(_message.Message):
     def __init__(self, instance: _Optional[_Union[_instance_pb2.Instance, _Mapping]] = ...) -> None: ...
 
 class HandoffEvent(_message.Message):
-    __slots__ = ("handoff", "side", "kind", "peer_incarnation", "held_bytes", "confirmed_bytes", "traceparent", "outcome", "transport")
+    __slots__ = ("handoff", "side", "kind", "peer_incarnation", "held_bytes", "confirmed_bytes", "traceparent", "outcome", "transport", "pulled_bytes", "pull_us", "age_us")
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     SIDE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +94,9 @@ class HandoffEvent(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PULL_US_FIELD_NUMBER: _ClassVar[int]
+    AGE_US_FIELD_NUMBER: _ClassVar[int]
     handoff: _handoff_service_pb2.HandoffId
     side: Side
     kind: HandoffEventKind
@@ -83,7 +106,10 @@ class HandoffEvent(_message.Message):
     traceparent: str
     outcome: HandoffOutcome
     transport: str
-    def __init__(self, handoff: _Optional[_Union[_handoff_service_pb2.HandoffId, _Mapping]] = ..., side: _Optional[_Union[Side, str]] = ..., kind: _Optional[_Union[HandoffEventKind, str]] = ..., peer_incarnation: _Optional[str] = ..., held_bytes: _Optional[int] = ..., confirmed_bytes: _Optional[int] = ..., traceparent: _Optional[str] = ..., outcome: _Optional[_Union[HandoffOutcome, str]] = ..., transport: _Optional[str] = ...) -> None: ...
+    pulled_bytes: int
+    pull_us: int
+    age_us: int
+    def __init__(self, handoff: _Optional[_Union[_handoff_service_pb2.HandoffId, _Mapping]] = ..., side: _Optional[_Union[Side, str]] = ..., kind: _Optional[_Union[HandoffEventKind, str]] = ..., peer_incarnation: _Optional[str] = ..., held_bytes: _Optional[int] = ..., confirmed_bytes: _Optional[int] = ..., traceparent: _Optional[str] = ..., outcome: _Optional[_Union[HandoffOutcome, str]] = ..., transport: _Optional[str] = ..., pulled_bytes: _Optional[int] = ..., pull_us: _Optional[int] = ..., age_us: _Optional[int] = ...) -> None: ...
 
 class BooksSums(_message.Message):
     __slots__ = ("pinned_bytes", "reserved_bytes", "stranded_bytes")
@@ -104,12 +130,14 @@ class PeerDown(_message.Message):
     def __init__(self, incarnation: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class BooksResponse(_message.Message):
-    __slots__ = ("introductions", "peers_down")
+    __slots__ = ("introductions", "peers_down", "booked_sequence")
     INTRODUCTIONS_FIELD_NUMBER: _ClassVar[int]
     PEERS_DOWN_FIELD_NUMBER: _ClassVar[int]
+    BOOKED_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     introductions: _containers.RepeatedCompositeFieldContainer[Introduction]
     peers_down: _containers.RepeatedCompositeFieldContainer[PeerDown]
-    def __init__(self, introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., peers_down: _Optional[_Iterable[_Union[PeerDown, _Mapping]]] = ...) -> None: ...
+    booked_sequence: int
+    def __init__(self, introductions: _Optional[_Iterable[_Union[Introduction, _Mapping]]] = ..., peers_down: _Optional[_Iterable[_Union[PeerDown, _Mapping]]] = ..., booked_sequence: _Optional[int] = ...) -> None: ...
 
 class Introduction(_message.Message):
     __slots__ = ("peer", "pair_secret", "refusal")
@@ -126,17 +154,113 @@ class GetBooksRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetBooksResponse(_message.Message):
-    __slots__ = ("live_handoffs", "held_bytes", "mismatch_bytes", "agreed_handoffs", "disagreed_handoffs", "reporting_incarnations")
+    __slots__ = ("live_handoffs", "held_bytes", "mismatch_bytes", "agreed_handoffs", "disagreed_handoffs", "reporting_incarnations", "links")
     LIVE_HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     MISMATCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     AGREED_HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     DISAGREED_HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     REPORTING_INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     live_handoffs: int
     held_bytes: int
     mismatch_bytes: int
     agreed_handoffs: int
     disagreed_handoffs: int
     reporting_incarnations: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, live_handoffs: _Optional[int] = ..., held_bytes: _Optional[int] = ..., mismatch_bytes: _Optional[int] = ..., agreed_handoffs: _Optional[int] = ..., disagreed_handoffs: _Optional[int] = ..., reporting_incarnations: _Optional[_Iterable[str]] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[Link]
+    def __init__(self, live_handoffs: _Optional[int] = ..., held_bytes: _Optional[int] = ..., mismatch_bytes: _Optional[int] = ..., agreed_handoffs: _Optional[int] = ..., disagreed_handoffs: _Optional[int] = ..., reporting_incarnations: _Optional[_Iterable[str]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("sink_instance_id", "sink_incarnation", "source_instance_id", "report")
+    SINK_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    SINK_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    sink_instance_id: str
+    sink_incarnation: str
+    source_instance_id: str
+    report: LinkReport
+    def __init__(self, sink_instance_id: _Optional[str] = ..., sink_incarnation: _Optional[str] = ..., source_instance_id: _Optional[str] = ..., report: _Optional[_Union[LinkReport, _Mapping]] = ...) -> None: ...
+
+class WatchHandoffsRequest(_message.Message):
+    __slots__ = ("instance_id", "request_id")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    request_id: str
+    def __init__(self, instance_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class WatchHandoffsResponse(_message.Message):
+    __slots__ = ("revision", "snapshot", "delta", "end")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    snapshot: HandoffSnapshot
+    delta: HandoffDelta
+    end: WatchEnd
+    def __init__(self, revision: _Optional[int] = ..., snapshot: _Optional[_Union[HandoffSnapshot, _Mapping]] = ..., delta: _Optional[_Union[HandoffDelta, _Mapping]] = ..., end: _Optional[_Union[WatchEnd, _Mapping]] = ...) -> None: ...
+
+class HandoffSnapshot(_message.Message):
+    __slots__ = ("handoffs", "left_out", "dropped_changes")
+    HANDOFFS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_CHANGES_FIELD_NUMBER: _ClassVar[int]
+    handoffs: _containers.RepeatedCompositeFieldContainer[HandoffView]
+    left_out: int
+    dropped_changes: int
+    def __init__(self, handoffs: _Optional[_Iterable[_Union[HandoffView, _Mapping]]] = ..., left_out: _Optional[int] = ..., dropped_changes: _Optional[int] = ...) -> None: ...
+
+class HandoffDelta(_message.Message):
+    __slots__ = ("handoffs",)
+    HANDOFFS_FIELD_NUMBER: _ClassVar[int]
+    handoffs: _containers.RepeatedCompositeFieldContainer[HandoffView]
+    def __init__(self, handoffs: _Optional[_Iterable[_Union[HandoffView, _Mapping]]] = ...) -> None: ...
+
+class WatchEnd(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class HandoffView(_message.Message):
+    __slots__ = ("handoff", "source", "sink", "is_live", "age_us", "transport", "transport_reason", "pulled_bytes", "pull_us")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SINK_FIELD_NUMBER: _ClassVar[int]
+    IS_LIVE_FIELD_NUMBER: _ClassVar[int]
+    AGE_US_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_REASON_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PULL_US_FIELD_NUMBER: _ClassVar[int]
+    handoff: _handoff_service_pb2.HandoffId
+    source: HandoffSide
+    sink: HandoffSide
+    is_live: bool
+    age_us: int
+    transport: str
+    transport_reason: str
+    pulled_bytes: int
+    pull_us: int
+    def __init__(self, handoff: _Optional[_Union[_handoff_service_pb2.HandoffId, _Mapping]] = ..., source: _Optional[_Union[HandoffSide, _Mapping]] = ..., sink: _Optional[_Union[HandoffSide, _Mapping]] = ..., is_live: bool = ..., age_us: _Optional[int] = ..., transport: _Optional[str] = ..., transport_reason: _Optional[str] = ..., pulled_bytes: _Optional[int] = ..., pull_us: _Optional[int] = ...) -> None: ...
+
+class HandoffSide(_message.Message):
+    __slots__ = ("instance_id", "incarnation", "kind", "held_bytes", "confirmed_bytes", "outcome", "is_down")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONFIRMED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    IS_DOWN_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    incarnation: str
+    kind: HandoffEventKind
+    held_bytes: int
+    confirmed_bytes: int
+    outcome: HandoffOutcome
+    is_down: bool
+    def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., kind: _Optional[_Union[HandoffEventKind, str]] = ..., held_bytes: _Optional[int] = ..., confirmed_bytes: _Optional[int] = ..., outcome: _Optional[_Union[HandoffOutcome, str]] = ..., is_down: bool = ...) -> None: ...

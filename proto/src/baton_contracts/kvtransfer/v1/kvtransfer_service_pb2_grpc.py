@@ -45,6 +45,11 @@ class KvTransferServiceStub(object):
                 request_serializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.GetBooksRequest.SerializeToString,
                 response_deserializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.GetBooksResponse.FromString,
                 _registered_method=True)
+        self.WatchHandoffs = channel.unary_stream(
+                '/baton.kvtransfer.v1.KvTransferService/WatchHandoffs',
+                request_serializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.WatchHandoffsRequest.SerializeToString,
+                response_deserializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.WatchHandoffsResponse.FromString,
+                _registered_method=True)
 
 
 class KvTransferServiceServicer(object):
@@ -65,6 +70,13 @@ class KvTransferServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchHandoffs(self, request, context):
+        """Handoffs as they happen. First message a snapshot, then deltas (an empty one at least every second), then an end with its reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.GetBooks,
                     request_deserializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.GetBooksRequest.FromString,
                     response_serializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.GetBooksResponse.SerializeToString,
+            ),
+            'WatchHandoffs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchHandoffs,
+                    request_deserializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.WatchHandoffsRequest.FromString,
+                    response_serializer=baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.WatchHandoffsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class KvTransferService(object):
             '/baton.kvtransfer.v1.KvTransferService/GetBooks',
             baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.GetBooksRequest.SerializeToString,
             baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.GetBooksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchHandoffs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.kvtransfer.v1.KvTransferService/WatchHandoffs',
+            baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.WatchHandoffsRequest.SerializeToString,
+            baton_dot_kvtransfer_dot_v1_dot_kvtransfer__service__pb2.WatchHandoffsResponse.FromString,
             options,
             channel_credentials,
             insecure,
