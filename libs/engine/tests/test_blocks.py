@@ -322,6 +322,38 @@ def test_check_lets_others_take_blocks_while_it_looks(monkeypatch):
     assert manager.counts().used == 2
 
 
+def test_letting_go_is_told_when_the_last_of_table_and_pins_is_gone():
+    manager = BlockManager(8)
+    told: list[str] = []
+    manager.acquire("a", [], 3)
+    manager.pin("a", 0, 2)
+    manager.when_let_go("a", lambda: told.append("a"))
+    manager.unpin("a", 1)
+    manager.release("a")
+    assert told == []
+    manager.unpin("a")
+    manager.unpin("a")
+    assert told == ["a"]
+
+
+def test_letting_go_is_told_to_nobody_who_is_not_interested_any_more():
+    manager = BlockManager(8)
+    manager.when_let_go("a", lambda: pytest.fail("not asked for"))
+    manager.when_let_go("a", None)
+    manager.release("a")
+
+
+def test_letting_go_of_nothing_is_told_at_the_release():
+    """What was cancelled before it had blocks ends with a release all the same."""
+    manager = BlockManager(8)
+    told: list[str] = []
+    manager.when_let_go("a", lambda: told.append("a"))
+    manager.unpin("a")
+    assert told == []
+    manager.release("a")
+    assert told == ["a"]
+
+
 def test_threads_leave_sound_books():
     manager = BlockManager(64)
     errors: list[Exception] = []

@@ -183,6 +183,9 @@ async def test_cancel_goes_before_starts_of_the_same_message(bench: Bench, worke
     await worker.until(lambda: bool(worker.cancels))
     message = next(request for request in worker.requests if request.cancels)
     assert message.cancels[0] == pb.Cancel(request_id=handle.request_id, attempt=1)
+    value = bench.registry.get_sample_value
+    await until(lambda: value("baton_cancel_to_sent_seconds_count") == 1)
+    assert 0 < (value("baton_cancel_to_sent_seconds_sum") or 0) < 5
 
 
 async def test_own_stall_breaks_streams_but_loses_nothing(bench: Bench, worker: FakeWorker) -> None:

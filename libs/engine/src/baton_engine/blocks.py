@@ -80,6 +80,8 @@ class BlockManager:
 
     A handoff's source: acquire -> (engine computes, pins as chunks end) -> release by the engine -> unpin by the handoff.
     A handoff's sink: reserve -> commit per confirm -> the engine decodes -> release.
+    A fetch's source: pin_cached -> unpin per confirm. Its sink: reserve -> commit per confirm -> release; then the sequence it
+    was for finds the blocks (rematch, or acquire).
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -101,6 +103,7 @@ class BlockManager:
         self._stored: dict[bytes, None] = {}  # ordered sets; net change since the last drain, so at most two per block
         self._removed: dict[bytes, None] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._watched: dict[Hashable, Callable[[], None]] = {}
 
     @property
     def growth_headroom(self) -> int:
@@ -110,6 +113,16 @@ class BlockManager:
     def subscribe_available(self, callback: Callable[[], None]) -> None:
         """Call back, from any thread and with no lock held, after blocks became free or cached. It must not block."""
         self._listeners.append(callback)
+
+    def when_let_go(self, owner: Hashable, callback: Callable[[], None] | None) -> None:
+        """Call back once, from whichever thread and with no lock held, after the release or unpin that leaves owner without table and
+        pins (a release of an owner that has neither is one too). A later callback replaces an earlier one; None: no longer.
+        """
+        with self._lock:
+            if callback is None:
+                self._watched.pop(owner, None)
+            else:
+                self._watched[owner] = callback
 
     def match_prefix(self, hashes: Sequence[bytes]) -> int:
         """Leading hashes that are cached or in use, hence shareable, now. Takes nothing."""
@@ -169,6 +182,28 @@ class BlockManager:
             table.blocks += fresh
             table.committed = len(table.blocks)
             return fresh
+
+    def rematch(self, owner: Hashable, hashes: Sequence[bytes]) -> int:
+        """Look again for the cached prefix of a table from `acquire` in which nothing was computed: fresh blocks for which there are
+        cached ones by now become free. Never takes more than owner has. Returns the number of leading blocks from the cache.
+
+        Raises: KeyError; ValueError for a table with reserved, pinned or computed blocks.
+        """
+        with self._lock:
+            table = self._tables[owner]
+            if owner in self._pins or table.committed != len(table.blocks) or len(table.hashes) != table.shared:
+                raise ValueError("only an untouched table is matched again")
+            shared = self._matching(hashes[: len(table.blocks)])
+            for index in range(table.shared, len(shared)):
+                self._add_ref(shared[index])
+                self._drop_ref(table.blocks[index])
+                table.blocks[index] = shared[index]
+            is_longer = len(shared) > table.shared
+            if is_longer:
+                table.shared = table.ready = len(shared)
+                table.hashes = list(hashes[: len(shared)])
+        self._tell(is_longer, None)
+        return table.shared
 
     def publish(self, owner: Hashable, index: int, block_hash: bytes) -> None:
         """Block index of owner's table is full and computed: reusable under block_hash. If another block has that hash
@@ -232,6 +267,29 @@ class BlockManager:
                     self._pin_refs[table.blocks[index]] += 1
             return tuple(table.blocks[first : first + count])
 
+    def pin_cached(self, owner: Hashable, first: int, hashes: Sequence[bytes], most: int) -> Sequence[int]:
+        """Pin the longest leading run of these hashes that is cached or in use, at most `most` blocks, for another worker's fetch;
+        their ids, possibly none. They count as blocks [first, ...) of the sequence for `unpin`. Takes no block from anybody.
+
+        Raises: ValueError if owner has a table or pins.
+        """
+        with self._lock:
+            if owner in self._tables or owner in self._pins:
+                raise ValueError(f"{owner} has a table or pins already")
+            blocks = self._matching(hashes[:most])
+            if not blocks:
+                return ()
+            for block in blocks:
+                self._add_pin(block)
+            self._pins[owner] = _Pins(dict(enumerate(blocks, first)), hashes[: len(blocks)])
+            return tuple(blocks)
+
+    def is_trusted(self, owner: Hashable) -> bool:
+        """Whether no block that owner pins was taken back by `unpublish` since."""
+        with self._lock:
+            pins = self._pins.get(owner)
+            return pins is None or self._distrusted.isdisjoint(pins.blocks.values())
+
     def unpin(self, owner: Hashable, end_block: int | None = None) -> None:
         """Drop owner's pins of blocks with index below end_block (None: all). Idempotent, unknown owners ignored."""
         with self._lock:
@@ -244,21 +302,17 @@ class BlockManager:
             if not pins.blocks:
                 del self._pins[owner]
                 self._touch(pins.hashes)
-        self._tell(bool(below))
+            callback = self._let_go_of(owner)
+        self._tell(bool(below), callback)
 
     def release(self, owner: Hashable) -> None:
         """Drop owner's table (not its pins). Reserved blocks become free, hashed ones cached, others free. Idempotent."""
         with self._lock:
             table = self._tables.pop(owner, None)
-            if table is None:
-                return
-            self._reserved -= len(table.blocks) - table.committed
-            for block in reversed(table.blocks):
-                self._drop_ref(block)
-            self._touch(table.hashes)
-            if owner in self._pins:
-                self._pins[owner].hashes = table.hashes
-        self._tell(True)
+            if table is not None:
+                self._drop_table(owner, table)
+            callback = self._let_go_of(owner)
+        self._tell(table is not None, callback)
 
     def counts(self) -> BlockCounts:
         """Blocks by state, now."""
@@ -340,6 +394,20 @@ class BlockManager:
         self._tables[owner] = _Table([*shared, *fresh], committed, len(shared), len(shared), list(hashes[: len(shared)]))
         return len(shared)
 
+    def _drop_table(self, owner: Hashable, table: _Table) -> None:
+        self._reserved -= len(table.blocks) - table.committed
+        for block in reversed(table.blocks):
+            self._drop_ref(block)
+        self._touch(table.hashes)
+        if owner in self._pins:
+            self._pins[owner].hashes = table.hashes
+
+    def _let_go_of(self, owner: Hashable) -> Callable[[], None] | None:
+        """Who waits for owner to hold nothing, if that is so now."""
+        if owner not in self._watched or owner in self._tables or owner in self._pins:
+            return None
+        return self._watched.pop(owner)
+
     def _matching(self, hashes: Sequence[bytes]) -> list[int]:
         blocks = []
         for block_hash in hashes:
@@ -379,6 +447,12 @@ class BlockManager:
                 self._pinned += 1
             else:
                 self._let_go(block)
+
+    def _add_pin(self, block: int) -> None:
+        if self._refs[block] == 0 and self._pin_refs[block] == 0:
+            del self._cached[block]
+            self._pinned += 1
+        self._pin_refs[block] += 1
 
     def _drop_pin(self, block: int) -> None:
         self._pin_refs[block] -= 1
@@ -432,8 +506,10 @@ class BlockManager:
         free, cached, pinned, reserved = len(self._free), len(self._cached), self._pinned, self._reserved
         return BlockCounts(self._total, free, cached, pinned, reserved, self._total - free - cached - pinned - reserved)
 
-    def _tell(self, freed: bool) -> None:
+    def _tell(self, freed: bool, let_go: Callable[[], None] | None) -> None:
         """Called without the lock."""
+        if let_go is not None:
+            let_go()
         if freed:
             for callback in self._listeners:
                 callback()

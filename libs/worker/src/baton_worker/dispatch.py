@@ -20,6 +20,7 @@ from baton_handoff.ids import HandoffComplete, HandoffEnd, PeerRef
 from baton_runtime.errors import BatonError, Draining, InvalidArgument
 from opentelemetry.trace import Tracer
 
+from baton_worker.cancels import CancelPhase, CancelTimes
 from baton_worker.ends import FINISH_OF_END, error_detail, error_end
 from baton_worker.metrics import WorkerMetrics
 from baton_worker.spans import AttemptSpans, is_sampled
@@ -61,6 +62,7 @@ class _Attempt:
     accepted_at: float
     spans: AttemptSpans | None
     is_in_engine: bool = False
+    has_token: bool = False  # one was drawn
     cancel_reason: "pb.FinishReason | None" = None  # the frontend's: whatever happens, this is the end
     own_reason: "pb.FinishReason | None" = None  # ours: the end, unless the sequence ended by itself in the same step
     first_step_at: float = 0.0
@@ -89,6 +91,7 @@ class Dispatcher:
         self._metrics = metrics
         self._tracer = tracer
         self._clock = clock
+        self._cancel_times = CancelTimes(engine.blocks, metrics, clock)
         self._attempts: dict[SequenceKey, _Attempt] = {}
         self._deadlines: list[tuple[float, SequenceKey]] = []
         self._waiting_prefills: dict[SequenceKey, int] = {}  # prefill_for: tokens to compute, while the engine has not heard of it
@@ -137,6 +140,7 @@ class Dispatcher:
         """See SequenceControl.cancel."""
         attempt = self._attempts.get(key)
         if attempt is not None:
+            self._watch(key, attempt)
             attempt.cancel_reason = reason
             self._cancel(key, attempt, reason)
 
@@ -155,7 +159,10 @@ class Dispatcher:
     def first_token(self, key: SequenceKey) -> None:
         """See SequenceControl.first_token."""
         attempt = self._attempts.get(key)
-        if attempt is not None and attempt.spans is not None:
+        if attempt is None:
+            return
+        attempt.has_token = True
+        if attempt.spans is not None:
             attempt.spans.first_token()
 
     # ---- what happens
@@ -215,8 +222,24 @@ class Dispatcher:
     def _end_ourselves(self, key: SequenceKey, reason: "pb.FinishReason") -> None:
         attempt = self._attempts.get(key)
         if attempt is not None and attempt.own_reason is None:
+            self._watch(key, attempt)
             attempt.own_reason = reason
             self._cancel(key, attempt, reason)
+
+    def _watch(self, key: SequenceKey, attempt: _Attempt) -> None:
+        """It is about to be cancelled: measure from now on, or go on measuring."""
+        if attempt.cancel_reason is None and attempt.own_reason is None:
+            self._cancel_times.cancelled(key, self._phase(key, attempt), is_in_engine=attempt.is_in_engine)
+
+    def _phase(self, key: SequenceKey, attempt: _Attempt) -> CancelPhase:
+        work, blocks = attempt.start.request.work, self._engine.blocks
+        if attempt.has_token or (attempt.is_in_engine and work is Work.DECODE_ONLY):
+            return CancelPhase.DECODING
+        if work is Work.WHOLE:
+            return CancelPhase.COMPUTING if attempt.first_step_at else CancelPhase.QUEUED
+        if blocks.has_table(key):
+            return CancelPhase.COMPUTING if work is Work.PREFILL_ONLY else CancelPhase.TRANSFERRING
+        return CancelPhase.TRANSFERRING if blocks.held(key) else CancelPhase.QUEUED
 
     def _cancel(self, key: SequenceKey, attempt: _Attempt, reason: "pb.FinishReason") -> None:
         if attempt.is_in_engine:
@@ -261,6 +284,7 @@ class Dispatcher:
         attempt = self._attempts.get(end.key)
         if attempt is None or not attempt.is_in_engine:
             return  # prefill_for: the handoffs saw it and say when it is over
+        self._cancel_times.ended(end.key)
         finished = pb.Finished(reason=self._reason(attempt, FINISH_OF_END[end.reason]))
         if finished.reason == pb.FINISH_REASON_STOP and end.stop_token_id is not None:
             finished.stop_token_id = end.stop_token_id

@@ -7,10 +7,12 @@ from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import Engine, EngineRequest, StepOutput
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from baton_worker.cancels import CancelPhase
 from baton_worker.spans import outcome
 
 _STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.5, 1.0, 2.0, 4.0)
 _WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_FREE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _BLOCK_STATES = ("free", "cached", "pinned", "reserved", "used")
 
 
@@ -31,6 +33,15 @@ class WorkerMetrics:
             registry=registry,
             buckets=_WAIT_BUCKETS_S,
         )
+        self._free_s = Histogram(
+            "baton_cancel_to_free_seconds",
+            "From a cancel (or deadline) to the last block of the attempt being free, by what it was doing.",
+            ["phase"],
+            registry=registry,
+            buckets=_FREE_BUCKETS_S,
+        )
+        for phase in CancelPhase:
+            self._free_s.labels(phase=phase.value)  # shown as 0 until one is cancelled there
         self._ended = Counter("baton_attempts", "Attempts that are over, by how they ended.", ["work", "outcome"], registry=registry)
 
     def watch_engine(self, engine: Engine) -> None:
@@ -61,6 +72,10 @@ class WorkerMetrics:
     def queue_wait(self, request: EngineRequest, waited_s: float) -> None:
         """A sequence was in a step for the first time."""
         self._queue_s.labels(work=request.work.value, priority=request.priority.name.lower()).observe(waited_s)
+
+    def cancel_to_free(self, phase: CancelPhase, seconds: float) -> None:
+        """See CancelObserver; from any thread."""
+        self._free_s.labels(phase=phase.value).observe(seconds)
 
     def ended(self, request: EngineRequest, finished: pb.Finished) -> None:
         """An accepted attempt is over."""

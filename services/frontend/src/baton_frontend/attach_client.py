@@ -59,6 +59,9 @@ class AttachObserver(Protocol):
     def on_session(self, client: "AttachClient") -> None:
         """A stream was opened, or has ended."""
 
+    def on_cancel_sent(self, waited_s: float) -> None:
+        """A Cancel has left this process, so long after it was decided."""
+
 
 class AttachClient:
     """One worker life, seen from here. `run()` keeps the stream; everything else is synchronous."""
@@ -85,7 +88,7 @@ class AttachClient:
         self._times = times
         self._lanes = LaneTable()
         self._unsent: dict[int, tuple[Lane, worker_pb2.Start]] = {}
-        self._cancels: list[worker_pb2.Cancel] = []
+        self._cancels: list[tuple[worker_pb2.Cancel, float]] = []  # and when it was decided
         self._wake = asyncio.Event()
         self._break = asyncio.Event()
         self._break_reason = ""
@@ -131,7 +134,7 @@ class AttachClient:
         if self._unsent.pop(lane.slot, None) is not None:
             self._lanes.close(lane)  # the worker never heard of it
             return
-        self._cancels.append(worker_pb2.Cancel(request_id=lane.request_id, attempt=lane.attempt))
+        self._cancels.append((worker_pb2.Cancel(request_id=lane.request_id, attempt=lane.attempt), self._clock()))
         self._wake.set()
 
     def tick(self, now: float) -> None:
@@ -276,13 +279,15 @@ class AttachClient:
             await self._wake.wait()
             self._wake.clear()
             self._last_sent = self._clock()
-            await write_message(call, self._next_message())
+            cancels, self._cancels = self._cancels, []
+            await write_message(call, self._next_message([cancel for cancel, _ in cancels]))
+            for _, decided_at in cancels:
+                self._observer.on_cancel_sent(self._clock() - decided_at)
             if self._unsent or self._cancels:
                 self._wake.set()
 
-    def _next_message(self) -> worker_pb2.AttachRequest:
-        message = worker_pb2.AttachRequest(ack_frame=self._frame, cancels=self._cancels)
-        self._cancels.clear()
+    def _next_message(self, cancels: list[worker_pb2.Cancel]) -> worker_pb2.AttachRequest:
+        message = worker_pb2.AttachRequest(ack_frame=self._frame, cancels=cancels)
         num_bytes = 0
         while self._unsent and num_bytes < START_BATCH_BYTES:
             lane, start = self._unsent.pop(next(iter(self._unsent)))

@@ -9,6 +9,7 @@ from baton_frontend.openai_http import HttpRecord
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 180.0)
 _PER_TOKEN_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0)
+_CANCEL_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,12 @@ class FrontendMetrics:
         self.inflight = Gauge("baton_inflight_requests", "Generations that have not ended.", registry=registry)
         self.resumes = Counter("baton_resumes", "Attempts that failed and were placed again.", registry=registry)
         self.worker_losses = Counter("baton_worker_losses", "Workers fenced, by reason.", ("reason",), registry=registry)
+        self.cancel_to_sent = Histogram(
+            "baton_cancel_to_sent_seconds",
+            "From the end of an attempt (its client left, a stop string, ...) to its Cancel being on the worker's stream.",
+            buckets=_CANCEL_SECONDS,
+            registry=registry,
+        )
         self.attached_workers = Gauge("baton_attached_workers", "Workers with a live Attach stream.", registry=registry)
         self.live_routers = Gauge("baton_live_routers", "Routers with a live Route stream.", registry=registry)
         self.paced_asks = Gauge("baton_paced_asks", "Questions held back so that resumes go first.", registry=registry)

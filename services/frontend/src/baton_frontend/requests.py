@@ -211,3 +211,7 @@ class RequestManager:
     def on_worker_dropped(self, instance: instance_pb2.Instance) -> None:
         """See `WorkersObserver`."""
         self._forget(instance)
+
+    def on_cancel_sent(self, waited_s: float) -> None:
+        """See `WorkersObserver`."""
+        self.metrics.cancel_to_sent.observe(waited_s)

@@ -30,6 +30,9 @@ class WorkersObserver(Protocol):
     def on_worker_dropped(self, instance: instance_pb2.Instance) -> None:
         """A worker is forgotten: its record had vanished, and now its stream has failed too."""
 
+    def on_cancel_sent(self, waited_s: float) -> None:
+        """A Cancel has left this process, so long after it was decided."""
+
 
 class Workers:
     """The workers by incarnation. Everything but the streams themselves is synchronous."""
@@ -121,6 +124,11 @@ class Workers:
 
     def on_session(self, client: AttachClient) -> None:
         """See `AttachObserver`."""
+
+    def on_cancel_sent(self, waited_s: float) -> None:
+        """See `AttachObserver`."""
+        if self.observer is not None:
+            self.observer.on_cancel_sent(waited_s)
 
     # --- questions
 
