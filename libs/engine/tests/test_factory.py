@@ -50,3 +50,19 @@ def test_pool_of_another_layout_is_refused():
     loaded, other = build_engine("sim"), build_engine("sim", block_tokens=32)
     with pytest.raises(ValueError, match="pool of"):
         loaded.bind(KvPool(np.zeros((4, other.layout.block_bytes), dtype=np.uint8), other.layout))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"kind": "sim", "num_shards": 3}, "num_shards: 4 KV heads cannot be split over 3 shards"),
+        ({"kind": "torch", "num_shards": 2}, "num_shards: is 2: the torch engine runs on one device"),
+    ],
+)
+def test_shards_an_engine_cannot_have_are_refused_with_the_reason(options, problem):
+    with pytest.raises(ConfigError, match=problem):
+        build_engine(**options)
+
+
+def test_block_sizes_that_sixteen_divides_have_one_hash_granularity():
+    assert [build_engine("sim", block_tokens=size).hash_block_tokens for size in (16, 64, 8, 24)] == [16, 16, 8, 24]

@@ -15,9 +15,11 @@ from baton_engine.virtual import VirtualClock, tokens_of
 KEY = SequenceKey("a", 1)
 
 
-def bound_runner(profile: str = "instant", clock: VirtualClock | None = None, model_path=None) -> tuple[SimRunner, KvPool]:
+def bound_runner(
+    profile: str = "instant", clock: VirtualClock | None = None, model_path=None, *, block_tokens: int = 4, num_shards: int = 1
+) -> tuple[SimRunner, KvPool]:
     clock = clock or VirtualClock()
-    runner = SimRunner(load_profile(profile), 4, model_path, sleep=clock.sleep, clock=clock)
+    runner = SimRunner(load_profile(profile), block_tokens, model_path, num_shards=num_shards, sleep=clock.sleep, clock=clock)
     pool = KvPool(np.zeros((32, runner.layout.block_bytes), dtype=np.uint8), runner.layout)
     runner.bind(pool)
     return runner, pool
@@ -76,6 +78,35 @@ def test_foreign_bytes_are_noticed_and_nothing_is_written():
         runner.run([item(tokens, 8, 9, [0, 1, 2])])
     assert caught.value.keys == {KEY}
     assert not pool.data[2].any()
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_a_sharded_block_is_the_same_values_with_the_heads_in_front(num_shards: int):
+    whole, _ = bound_runner()
+    sharded, pool = bound_runner(num_shards=num_shards)
+    tokens = tokens_of(8)
+    sharded.run([item(tokens, 0, 8, [3, 1])])
+    for index, block in enumerate([3, 1]):
+        values = expected_block_bytes(whole.layout, tokens, index).view(np.uint32).reshape(2, 2, 4, num_shards, 4 // num_shards, 2)
+        assert np.array_equal(pool.data[block].view(np.uint32).reshape(sharded.layout.shape), values.transpose(3, 0, 1, 2, 4, 5))
+
+
+def test_a_longer_block_holds_the_same_values_of_more_tokens():
+    tokens = tokens_of(8)
+    short, long = (bound_runner(block_tokens=size)[0].layout for size in (4, 8))
+    parts = [expected_block_bytes(short, tokens, index).reshape(4, 4, -1) for index in range(2)]
+    assert np.array_equal(expected_block_bytes(long, tokens, 0).reshape(4, 8, -1), np.concatenate(parts, axis=1))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_heads_in_each_others_place_are_noticed(num_shards: int):
+    runner, pool = bound_runner(num_shards=num_shards)
+    tokens = tokens_of(5)
+    pool.data[0] = expected_block_bytes(runner.layout, tokens, 0)
+    heads = pool.data[0].reshape(-1, 4 // num_shards, 8) if num_shards < 4 else pool.data[0].reshape(4, -1).transpose(1, 0)
+    heads[:] = np.flip(heads, axis=1).copy()
+    with pytest.raises(StepFailed, match="kv_corrupt"):
+        runner.run([item(tokens, 4, 5, [0, 1])])
 
 
 def test_kv_of_a_later_sequence_under_the_same_tokens_is_right():

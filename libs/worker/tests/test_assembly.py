@@ -80,3 +80,8 @@ def test_name_for_clients_falls_back_to_the_folder(tmp_path: Path) -> None:
     assert WorkerConfig().name_for_clients == "sim"
     assert WorkerConfig(model=tmp_path).name_for_clients == tmp_path.name
     assert WorkerConfig(model=tmp_path, served_name="x").name_for_clients == "x"
+
+
+def test_shards_the_engine_cannot_have_are_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"prefill\.num_shards: 4 KV heads cannot be split over 3"):
+        load_engine(WorkerConfig(profile="instant", num_shards=3), "prefill")

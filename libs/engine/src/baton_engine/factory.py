@@ -20,6 +20,8 @@ from baton_engine.sim_profile import load_profile
 from baton_engine.sim_runner import SimRunner
 
 KINDS = ("sim", "torch")
+# Workers exchange KV only if their hash chains have one granularity; so it must not follow from a block size that may differ.
+DEFAULT_HASH_BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ def build_engine(
     *,
     block_tokens: int = 16,
     hash_block_tokens: int = 0,
+    num_shards: int = 1,
     max_batch_sequences: int = 64,
     max_chunk_tokens: int = 2048,
     max_mixed_step_s: float = 0.25,
@@ -73,22 +76,33 @@ def build_engine(
     """Load an engine of kind "sim" or "torch".
 
     model_path: Hugging Face folder; optional for sim, which takes only sizes and token ids from it. profile: sim only, a
-    shipped name or a path. hash_block_tokens: granularity of the hash chain, divides block_tokens; 0: block_tokens.
+    shipped name or a path. hash_block_tokens: granularity of the hash chain, divides block_tokens; 0: 16 if that does, else
+    block_tokens. num_shards: tensor-parallel shards that the KV heads are split over; sim only, which pretends.
     max_mixed_step_s: bound on predicted steps while sequences decode along. device, num_threads: torch only. Blocking; takes as
     long as reading the weights.
     Raises: ConfigError (ProfileError for a profile) naming the setting; ModelFolderError from the torch engine.
     """
-    hash_block_tokens = hash_block_tokens or block_tokens
+    hash_block_tokens = hash_block_tokens or (block_tokens if block_tokens % DEFAULT_HASH_BLOCK_TOKENS else DEFAULT_HASH_BLOCK_TOKENS)
     if block_tokens < 1 or block_tokens % hash_block_tokens:
         raise ConfigError("block_tokens", f"{block_tokens} is not a multiple of hash_block_tokens={hash_block_tokens}")
     limits = SchedulerLimits(block_tokens, max_batch_sequences, max_chunk_tokens, max_mixed_step_s=max_mixed_step_s)
     if kind == "sim":
-        runner: ModelRunner = SimRunner(load_profile(profile), block_tokens, model_path)
+        runner: ModelRunner = _sim_runner(profile, block_tokens, model_path, num_shards)
     elif kind == "torch":
+        if num_shards != 1:
+            raise ConfigError("num_shards", f"is {num_shards}: the torch engine runs on one device, so its KV heads are in 1 shard")
         runner = _torch_runner(model_path, block_tokens, device, num_threads)
     else:
         raise ConfigError("engine", f"{kind!r} is not one of {', '.join(KINDS)}")
     return LoadedEngine(runner, limits, hash_block_tokens, max_waiting)
+
+
+def _sim_runner(profile: str, block_tokens: int, model_path: Path | None, num_shards: int) -> ModelRunner:
+    loaded = load_profile(profile)
+    try:
+        return SimRunner(loaded, block_tokens, model_path, num_shards=num_shards)
+    except ValueError as error:
+        raise ConfigError("num_shards", str(error)) from error
 
 
 def _torch_runner(model_path: Path | None, block_tokens: int, device: str, num_threads: int | None) -> ModelRunner:

@@ -206,7 +206,7 @@ class PagedEngine:
 
     def _zero_slots(self, block: int, first_slot: int) -> None:
         layout = self.pool.layout
-        self.pool.data[block].reshape(layout.num_layers * 2, layout.block_tokens, -1)[:, first_slot:] = 0
+        self.pool.data[block].reshape(layout.num_planes, layout.block_tokens, layout.slot_bytes)[:, first_slot:] = 0
 
     def _advance(self, chunk: Chunk, draw: Draw | None) -> None:
         state, output = chunk.state, self._output

@@ -39,8 +39,8 @@ class SimModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocab_size: Annotated[int, msgspec.Meta(ge=2)] = 32000
     max_model_tokens: Annotated[int, msgspec.Meta(ge=2)] = 131072
     num_layers: _Count = 2
-    num_kv_heads: _Count = 1
-    head_dim: _Count = 8
+    num_kv_heads: _Count = 4
+    head_dim: _Count = 2
     dtype: Annotated[str, msgspec.Meta(pattern="^(float32|float16|bfloat16)$")] = "float32"
 
 

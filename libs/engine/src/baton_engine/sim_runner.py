@@ -36,14 +36,19 @@ class SimRunner:
         block_tokens: int,
         model_path: Path | None = None,
         *,
+        num_shards: int = 1,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises: ProfileError if the model folder's config.json or tokenizer.json is missing or wrong."""
+        """num_shards: pretend that so many tensor-parallel ranks hold the heads; all of them are this process.
+
+        Raises: ProfileError if the model folder's config.json or tokenizer.json is missing or wrong; ValueError if num_shards does
+        not divide the model's KV heads.
+        """
         model = profile.model
         folder = read_sim_folder(model_path, model)
         self.info = EngineInfo(folder.max_model_tokens, folder.vocab_size, folder.eos_token_ids, folder.fingerprint)
-        self.layout = BlockLayout(model.num_layers, block_tokens, model.num_kv_heads, model.head_dim, model.dtype)
+        self.layout = BlockLayout(model.num_layers, block_tokens, model.num_kv_heads, model.head_dim, model.dtype, num_shards)
         self._allowed = folder.allowed_token_ids
         self._profile = profile
         self._sleep = sleep
@@ -56,7 +61,7 @@ class SimRunner:
         """See ModelRunner.bind."""
         layout = self.layout
         self._pool_tokens = pool.num_blocks * layout.block_tokens
-        self._slots = pool.data.reshape(pool.num_blocks, layout.num_layers * 2, layout.block_tokens, -1)
+        self._slots = pool.data.reshape(pool.num_blocks, layout.num_planes, layout.block_tokens, layout.slot_bytes)
 
     def predict_s(self, load: StepLoad) -> float:
         """See ModelRunner.predict_s."""

@@ -39,6 +39,7 @@ def load_engine(config: WorkerConfig, service: str) -> LoadedEngine:
             config.profile,
             block_tokens=config.block_tokens,
             hash_block_tokens=config.hash_block_tokens,
+            num_shards=config.num_shards,
             max_batch_sequences=config.max_batch_sequences,
             max_chunk_tokens=config.max_chunk_tokens,
             max_waiting=config.max_waiting,

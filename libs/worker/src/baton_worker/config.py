@@ -25,7 +25,8 @@ class WorkerConfig(CommonConfig):
     num_blocks: KV blocks of the pool; 0: as many as fit into kv_memory_bytes.
     kv_memory_bytes: memory of the KV pool, in bytes; used if num_blocks is 0. 0: 64 MiB for sim, 512 MiB for torch.
     block_tokens: tokens per KV block.
-    hash_block_tokens: granularity of the block hash chain, divides block_tokens; 0: block_tokens.
+    hash_block_tokens: granularity of the block hash chain, divides block_tokens; 0: 16 if that does, else block_tokens.
+    num_shards: sim only: tensor-parallel shards the KV heads are split over, divides them.
     max_batch_sequences: sequences in one step.
     max_chunk_tokens: prompt tokens in one step.
     max_waiting: sequences that may wait (in the engine, and for a handoff) before new ones are refused.
@@ -43,6 +44,7 @@ class WorkerConfig(CommonConfig):
     kv_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
     block_tokens: Count = 16
     hash_block_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    num_shards: Count = 1
     max_batch_sequences: Count = 256
     max_chunk_tokens: Count = 2048
     max_waiting: Count = 256
