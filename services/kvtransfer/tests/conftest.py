@@ -29,6 +29,7 @@ class WorkerClient:
         self.deaths: list[tuple[str, str]] = []
         self.error: grpc.aio.AioRpcError | None = None
         self.is_over = False
+        self.booked = 0
         self._changed = asyncio.Event()
         self._clients = clients
         self.call = pb_grpc.KvTransferServiceStub(channel).Books()
@@ -46,6 +47,7 @@ class WorkerClient:
             async for response in self.call:
                 self.introductions.extend(response.introductions)
                 self.deaths.extend((down.incarnation, down.reason) for down in response.peers_down)
+                self.booked = max(self.booked, response.booked_sequence)
                 self._changed.set()
         except grpc.aio.AioRpcError as error:
             self.error = error

@@ -13,7 +13,7 @@ from baton_runtime.errors import InvalidArgument, StaleIncarnation
 class Deaf:
     def begun(self, key, event, incarnation): ...
 
-    def ended(self, key, entry, outcome): ...
+    def ended(self, handoff, outcome): ...
 
 
 class Fleet:
@@ -266,3 +266,47 @@ def test_record_that_cannot_be_introduced_is_refused_by_field(fleet, field):
     record.ClearField(field)
     with pytest.raises(InvalidArgument, match=f"hello.instance.{field}"):
         fleet.broker.hello(record, 0.0)
+
+
+def test_next_due_is_when_the_first_worker_could_be_given_up(fleet):
+    assert Broker(Books(Deaf())).next_due() == float("inf")
+    fleet.later(0.5)
+    fleet.hello("decode-0", "d1")
+    assert fleet.broker.next_due() == 2.0
+    fleet.break_stream("d1")
+    assert fleet.broker.next_due() == 0.7
+    assert deaths(fleet.later(0.25))["p1"] == [("d1", STREAM_BROKEN)]
+    assert fleet.broker.next_due() == 2.0
+
+
+def test_stream_that_broke_while_our_own_loop_stood_still_gets_longer_to_come_back(fleet):
+    """The workers could not know whether we live, and may try only once a second."""
+    fleet.hello("decode-0", "d1")
+    fleet.now_s = 20.0
+    fleet.broker.excuse(fleet.now_s)
+    fleet.break_stream("d1")
+    assert not deaths(fleet.later(1.5, heard=["p1"]))
+    fleet.hello("decode-0", "d1")
+    assert not deaths(fleet.later(1.0, heard=["p1", "d1"]))
+    fleet.break_stream("d1")
+    assert deaths(fleet.later(0.25, heard=["p1"]))["p1"] == [("d1", STREAM_BROKEN)]
+
+
+def test_links_name_both_workers_and_go_with_the_stream(fleet):
+    fleet.hello("decode-0", "d1")
+    fleet.report("d1", links=[pb.LinkReport(source_incarnation="p1", transport="tcp", reason="tcp: not the same host")])
+    (link,) = fleet.broker.links()
+    assert (link.source_instance_id, link.sink_instance_id, link.report.reason) == ("prefill-0", "decode-0", "tcp: not the same host")
+    fleet.break_stream("d1")
+    assert fleet.broker.links() == []
+
+
+def test_each_replica_draws_its_own_secret_for_a_pair():
+    replicas = [Broker(Books(Deaf())) for _ in range(2)]
+    told = []
+    for broker in replicas:
+        broker.hello(worker_record("prefill-0", "p1"), 0)
+        _, out = broker.hello(worker_record("decode-0", "d1"), 0)
+        assert introduced(out, "p1")["d1"].pair_secret == introduced(out, "d1")["p1"].pair_secret
+        told.append(introduced(out, "p1")["d1"].pair_secret)
+    assert told[0] != told[1]

@@ -151,3 +151,80 @@ async def test_worker_that_does_not_read_loses_its_stream_in_spite_of_a_blocked_
             break
     await fleet.until(lambda: "d1" not in fleet.broker.reporting() and not fleet.servicer._streams)
     deaf.call.cancel()
+
+
+async def test_echo_says_how_far_the_reports_are_booked(fleet):
+    client = await fleet.worker("decode-0", "d1")
+    for sequence in range(2, 50):
+        await client.send(events=[handoff_event(pb.SIDE_SINK, BEGUN, "p1", "d1", 1, request_id=f"r{sequence}")], sequence=sequence)
+    await client.until(lambda: client.booked == 49)
+    assert fleet.broker.num_live() == 48
+
+
+async def test_worker_that_wants_no_echo_gets_none(fleet):
+    client = await fleet.worker("decode-0", "d1")
+    await fleet.until(lambda: "d1" in fleet.broker.workers)
+    await client.send(sums=pb.BooksSums(reserved_bytes=7))
+    await fleet.until(lambda: fleet.broker.books.accounts["d1"].reserved_bytes == 7)
+    assert client.booked == 0
+
+
+async def watched(call) -> pb.WatchHandoffsResponse:
+    """The next message of a watch that is not a beat."""
+    async with asyncio.timeout(5):
+        while True:
+            message = await call.read()
+            if message.WhichOneof("message") != "delta" or message.delta.handoffs:
+                return message
+
+
+async def test_watch_tells_a_snapshot_then_changes_then_why_it_ends(fleet):
+    prefill, decode = await pair(fleet)
+    call = (await fleet.stub()).WatchHandoffs(pb.WatchHandoffsRequest(), timeout=20)
+    assert (await watched(call)).WhichOneof("message") == "snapshot"
+    await decode.send(events=[handoff_event(pb.SIDE_SINK, BEGUN, "p1", "d1", 800)])
+    (view,) = (await watched(call)).delta.handoffs
+    assert (view.sink.instance_id, view.sink.held_bytes, view.is_live) == ("decode-0", 800, True)
+    prefill.call.cancel()
+    fleet.servicer.drain()
+    message = await watched(call)
+    while message.WhichOneof("message") != "end":
+        message = await watched(call)
+    assert message.end.reason == "DRAINING"
+    assert await call.code() is grpc.StatusCode.OK
+    assert not fleet.broker.watches
+
+
+async def test_watch_beats_when_nothing_happens_and_ends_with_its_client(fleet, monkeypatch):
+    monkeypatch.setattr("baton_kvtransfer.service.WATCH_BEAT_S", 0.02)
+    call = (await fleet.stub()).WatchHandoffs(pb.WatchHandoffsRequest(), timeout=20)
+    messages = [await call.read() for _ in range(4)]
+    assert [m.WhichOneof("message") for m in messages] == ["snapshot", "delta", "delta", "delta"]
+    call.cancel()
+    await fleet.until(lambda: not fleet.broker.watches)
+
+
+@pytest.mark.parametrize("config", [KvTransferConfig(max_watchers=1)])
+async def test_watch_over_the_limit_is_refused(fleet):
+    stub = await fleet.stub()
+    first = stub.WatchHandoffs(pb.WatchHandoffsRequest(), timeout=20)
+    await first.read()
+    second = stub.WatchHandoffs(pb.WatchHandoffsRequest(), timeout=20)
+    assert await second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    first.cancel()
+
+
+async def test_watch_of_a_draining_kvtransfer_is_refused(fleet):
+    fleet.servicer.drain()
+    call = (await fleet.stub()).WatchHandoffs(pb.WatchHandoffsRequest(), timeout=20)
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_links_are_part_of_the_books(fleet):
+    _, decode = await pair(fleet)
+    await decode.send(links=[pb.LinkReport(source_incarnation="p1", transport="shm", reason="shm: same segment token", pulled_bytes=9)])
+    stub = await fleet.stub()
+    async with asyncio.timeout(5):
+        while not (links := (await stub.GetBooks(pb.GetBooksRequest(), timeout=5)).links):
+            await asyncio.sleep(0.01)
+    assert [(link.sink_instance_id, link.source_instance_id, link.report.pulled_bytes) for link in links] == [("decode-0", "prefill-0", 9)]

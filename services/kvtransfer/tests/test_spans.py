@@ -24,8 +24,8 @@ def books(exporter):
     provider = TracerProvider(sampler=ParentBased(ALWAYS_OFF), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     made = Books(BookSpans(provider.get_tracer("test"), {"p1": "prefill-0", "d1": "decode-0"}.get))
-    made.open_account("p1")
-    made.open_account("d1")
+    made.open_account("p1", 0)
+    made.open_account("d1", 0)
     return made
 
 
@@ -34,9 +34,9 @@ def source(kind, **kwargs):
 
 
 def test_source_side_becomes_one_span_with_its_parent_and_facts(books, exporter):
-    books.apply("p1", source(BEGUN, held_bytes=5, traceparent=PARENT), 0)
+    books.apply("p1", [source(BEGUN, held_bytes=5, traceparent=PARENT)], 0)
     assert exporter.get_finished_spans() == ()
-    books.apply("p1", source(ENDED, confirmed_bytes=900, outcome=pb.HANDOFF_OUTCOME_CONFIRMED), 0)
+    books.apply("p1", [source(ENDED, confirmed_bytes=900, outcome=pb.HANDOFF_OUTCOME_CONFIRMED)], 0)
     (span,) = exporter.get_finished_spans()
     assert span.name == "books.handoff"
     assert span.parent.span_id == int("cd" * 8, 16)
@@ -54,18 +54,18 @@ def test_source_side_becomes_one_span_with_its_parent_and_facts(books, exporter)
 
 def test_sink_side_writes_no_span(books, exporter):
     for kind in (BEGUN, ENDED):
-        books.apply("d1", handoff_event(pb.SIDE_SINK, kind, "p1", "d1", traceparent=PARENT), 0)
+        books.apply("d1", [handoff_event(pb.SIDE_SINK, kind, "p1", "d1", traceparent=PARENT)], 0)
     assert exporter.get_finished_spans() == ()
 
 
 @pytest.mark.parametrize("traceparent", ["", "garbage", PARENT[:-2] + "00"])
 def test_request_that_is_not_traced_writes_no_span(books, exporter, traceparent):
     for kind in (BEGUN, ENDED):
-        books.apply("p1", source(kind, traceparent=traceparent), 0)
+        books.apply("p1", [source(kind, traceparent=traceparent)], 0)
     assert exporter.get_finished_spans() == ()
 
 
 def test_span_of_a_source_that_is_gone_ends_too(books, exporter):
-    books.apply("p1", source(BEGUN, traceparent=PARENT), 0)
-    books.close_account("p1")
+    books.apply("p1", [source(BEGUN, traceparent=PARENT)], 0)
+    books.close_account("p1", 0)
     assert exporter.get_finished_spans()[0].attributes["baton.outcome"] == "unknown"

@@ -15,6 +15,7 @@ from baton_runtime.log import get_logger
 
 from baton_kvtransfer.books import Books
 from baton_kvtransfer.pairing import is_pair, refusal
+from baton_kvtransfer.watch import Watches
 
 log = get_logger(__name__)
 
@@ -84,7 +85,9 @@ class Broker:
     ) -> None:
         """registered_incarnation: the life that discovery has under a record's name; "" if it does not know."""
         self.books = books
+        self.watches = Watches(books, self)
         self.workers: dict[str, Worker] = {}
+        self.num_reports = 0
         self.num_introduced = 0
         self.num_refused = 0
         self.deaths: dict[str, int] = {}  # told, by reason
@@ -93,6 +96,7 @@ class Broker:
         self._registered_incarnation = registered_incarnation
         self._replaced: dict[str, str] = {}  # incarnation to its successor's, oldest first
         self._sessions = 0
+        self._excused_until_s = float("-inf")
 
     def hello(self, record: discovery.Instance, now_s: float) -> tuple[int, Outgoing]:
         """A worker opens a stream; its snapshot follows in report(). Returns: the session, to be given with what follows.
@@ -109,7 +113,7 @@ class Broker:
             out.closed[known.session] = "a newer stream of the same worker"
         self._replace_earlier_lives(worker, now_s, out)
         self.workers[record.incarnation] = worker
-        self.books.open_account(record.incarnation)
+        self.books.open_account(record.incarnation, now_s)
         self._introduce(worker, out)
         log.info("worker_reports", peer_instance_id=record.instance_id, peer_incarnation=record.incarnation, again=known is not None)
         return worker.session, out
@@ -121,9 +125,11 @@ class Broker:
         if worker is None:
             return out
         worker.heard_s = now_s
-        for event in request.events:
-            if not self.books.apply(incarnation, event, now_s):
-                log.warning("handoff_event_malformed", peer_incarnation=incarnation, side=event.side, kind=event.kind)
+        self.num_reports += 1
+        if request.events and (num_malformed := self.books.apply(incarnation, request.events, now_s)):
+            log.warning("handoff_events_malformed", peer_incarnation=incarnation, num_events=num_malformed)
+        for link in request.links:
+            self.books.accounts[incarnation].note_link(link)
         if request.HasField("sums"):
             self._close_sums(worker, request.sums, now_s)
         for told in request.peers_down:
@@ -137,23 +143,35 @@ class Broker:
             worker.broken_s = now_s
 
     def tick(self, now_s: float) -> Outgoing:
-        """Notice silence, broken streams that did not come back, and what can be forgotten. Call it every 50 ms."""
+        """Notice silence, broken streams that did not come back, and what can be forgotten. Call it by `next_due`."""
         out = Outgoing()
+        reopen_s = self._limits.silence_s if now_s < self._excused_until_s else self._limits.reopen_s
         for incarnation, worker in tuple(self.workers.items()):
             if worker.broken_s is None:
                 if now_s - worker.heard_s >= self._limits.silence_s:
                     out.closed[worker.session] = SILENT
                     worker.broken_s = now_s
                     self._declare_down(worker, SILENT, out)
-            elif not worker.down and now_s - worker.broken_s >= self._limits.reopen_s:
+            elif not worker.down and now_s - worker.broken_s >= reopen_s:
                 self._declare_down(worker, STREAM_BROKEN, out)
             elif worker.down and now_s - worker.broken_s >= self._limits.forget_s:
-                self._forget(incarnation)
+                self._forget(incarnation, now_s)
         self.books.expire(now_s)
         return out
 
+    def next_due(self) -> float:
+        """When the next worker could be given up, if nothing is heard of it until then; infinity if there is none."""
+        due_s = (
+            worker.heard_s + self._limits.silence_s if worker.broken_s is None else worker.broken_s + self._limits.reopen_s
+            for worker in self.workers.values()
+            if not worker.down
+        )
+        return min(due_s, default=float("inf"))
+
     def excuse(self, now_s: float) -> None:
-        """Our own loop stood still: what was not heard meanwhile is not the workers' silence."""
+        """Our own loop stood still: what was not heard meanwhile is not the workers' silence. They may have given our streams up,
+        so those that now turn out to be broken get as long to come back as a silent one."""
+        self._excused_until_s = now_s + self._limits.silence_s
         for worker in self.workers.values():
             worker.heard_s = now_s
             if worker.broken_s is not None and not worker.down:
@@ -167,6 +185,26 @@ class Broker:
         """The stable name of a life that reports or reported; the incarnation itself if it is not known."""
         worker = self.workers.get(incarnation)
         return worker.record.instance_id if worker is not None else incarnation
+
+    def is_down(self, incarnation: str) -> bool:
+        """Whether a life is known to be dead; one we never heard of is not."""
+        worker = self.workers.get(incarnation)
+        return worker is not None and bool(worker.down)
+
+    def links(self) -> list[pb.Link]:
+        """Who pulls from whom, of the workers with a stream."""
+        found = []
+        for incarnation in self.reporting():
+            for source, report in self.books.accounts[incarnation].links.items():
+                found.append(
+                    pb.Link(
+                        sink_instance_id=self.instance_id(incarnation),
+                        sink_incarnation=incarnation,
+                        source_instance_id=self.instance_id(source),
+                        report=report,
+                    )
+                )
+        return sorted(found, key=lambda link: (link.sink_instance_id, link.source_instance_id))
 
     def held_bytes(self) -> tuple[int, int]:
         """Bytes pinned at sources and reserved at sinks by the books, of workers not known to be dead."""
@@ -183,8 +221,9 @@ class Broker:
 
     def num_live(self) -> int:
         """Handoffs with a side that is not over at a worker not known to be dead."""
-        live = (self.books.handoffs[key].sides.values() for key in self.books.live)
-        return sum(any(not side.is_ended and not self.workers[side.incarnation].down for side in sides) for sides in live)
+        return sum(
+            any(not side.is_ended and not self.workers[side.incarnation].down for side in handoff.sides()) for handoff in self.books.live()
+        )
 
     def _counts(self, worker: Worker, now_s: float) -> bool:
         if worker.broken_s is None:
@@ -258,6 +297,7 @@ class Broker:
 
     def _declare_down(self, worker: Worker, reason: str, out: Outgoing) -> None:
         worker.down = reason
+        self.watches.worker_down(worker.record.incarnation)
         log.warning("worker_down", peer_instance_id=worker.record.instance_id, peer_incarnation=worker.record.incarnation, reason=reason)
         self._tell(worker, reason, worker.secrets, out)
 
@@ -281,9 +321,9 @@ class Broker:
             if other is not None and other.broken_s is None:
                 out.to(incarnation).peers_down.add(incarnation=worker.record.incarnation, reason=reason)
 
-    def _forget(self, incarnation: str) -> None:
+    def _forget(self, incarnation: str, now_s: float) -> None:
         forgotten = self.workers.pop(incarnation)
-        self.books.close_account(incarnation)
+        self.books.close_account(incarnation, now_s)
         for other in forgotten.secrets:
             if other in self.workers:
                 self.workers[other].secrets.pop(incarnation, None)

@@ -39,11 +39,15 @@ class BooksCollector(Collector):
         yield _gauge("baton_books_stranded_bytes", "baton_kv_stranded_bytes, summed over the workers that report.", broker.stranded_bytes())
         yield _gauge("baton_books_live_handoffs", "Handoffs not over on both sides.", broker.num_live())
         yield _gauge("baton_books_workers", "Workers that report.", len(broker.reporting()))
+        yield _gauge("baton_books_links", "Links that workers pull over.", sum(len(a.links) for a in books.accounts.values()))
+        yield _gauge("baton_books_watchers", "Open watches of handoffs.", len(broker.watches))
+        yield _counter("baton_books_watch_dropped", "Changes that slow watchers were not told.", broker.watches.num_dropped)
         held = GaugeMetricFamily("baton_books_held_bytes", "Bytes held for handoffs by the books.", labels=["side"])
         held.add_metric(["source"], source_bytes)
         held.add_metric(["sink"], sink_bytes)
         yield held
         yield _counter("baton_books_confirmed_bytes", "Bytes confirmed, as sinks ended.", books.confirmed_bytes)
+        yield _counter("baton_books_reports", "Messages of workers.", broker.num_reports)
         yield _counter("baton_books_malformed_events", "Events that contradict themselves and were left out.", books.num_malformed)
         yield from self._labelled()
 

@@ -1,4 +1,4 @@
-"""The gRPC edge: one Books stream per worker, in natural batches; the clock that drives the broker."""
+"""The gRPC edge: one Books stream per worker, in natural batches; watches for people; the clock that drives the broker."""
 
 import asyncio
 import time
@@ -21,8 +21,13 @@ log = get_logger(__name__)
 
 HELLO_LIMIT_S = 5.0
 TICK_S = 0.05
+MIN_SLEEP_S = 0.002
+# A watcher hears at least this often.
+WATCH_BEAT_S = 1.0
 # News become one message per write; more would only make a slow reader slower.
 BATCH_MESSAGES = 256
+
+_ECHO = pb.BooksResponse()
 
 _Context = grpc.aio.ServicerContext[pb.BooksRequest, pb.BooksResponse]
 
@@ -33,6 +38,8 @@ class _Stream:
 
     incarnation: str
     outbox: Outbox[pb.BooksResponse]
+    booked_sequence: int = 0
+    is_echo_queued: bool = False
     why_closed: str = ""
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -51,12 +58,15 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         """Tick until cancelled. Cancelling loses nothing: workers say hello to the next one."""
         while True:
             self.stall_watch.check()
-            self._deliver(self._broker.tick(time.monotonic()))
-            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            self._deliver(self._broker.tick(now_s))
+            self._broker.watches.spread()
+            await asyncio.sleep(max(MIN_SLEEP_S, min(TICK_S, self._broker.next_due() - now_s)))
 
     def drain(self) -> None:
         """Refuse new streams and end those that run; the workers go on without us."""
         self._is_draining = True
+        self._broker.watches.wake_all()
         for stream in self._streams.values():
             _close(stream, "draining")
 
@@ -93,7 +103,32 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
             agreed_handoffs=broker.books.agreements[Agreement.AGREED],
             disagreed_handoffs=broker.books.agreements[Agreement.DISAGREED],
             reporting_incarnations=broker.reporting(),
+            links=broker.links(),
         )
+
+    async def WatchHandoffs(
+        self,
+        request: pb.WatchHandoffsRequest,
+        context: grpc.aio.ServicerContext[pb.WatchHandoffsRequest, pb.WatchHandoffsResponse],
+    ) -> AsyncIterator[pb.WatchHandoffsResponse]:
+        """Handoffs as they happen, until the client leaves or we do."""
+        if self._is_draining:
+            raise Draining("kvtransfer")
+        watches = self._broker.watches
+        if len(watches) >= self._config.max_watchers:
+            raise QueueFull(depth=len(watches), limit=self._config.max_watchers)
+        changed = asyncio.Event()
+        watcher = watches.open(request, changed.set)
+        try:
+            while not self._is_draining:
+                changed.clear()
+                message = watches.next_message(watcher, time.monotonic())
+                yield message if message is not None else watches.beat()
+                if not watcher.has_news and not self._is_draining:
+                    await _until(changed, WATCH_BEAT_S)
+            yield pb.WatchHandoffsResponse(revision=self._broker.books.num_events, end=pb.WatchEnd(reason="DRAINING"))
+        finally:
+            watches.close(watcher)
 
     async def _first(self, requests: AsyncIterator[pb.BooksRequest]) -> pb.BooksRequest:
         try:
@@ -110,7 +145,7 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         """Read and write until one of them is done or the stream is closed; a write may block as long as the worker does not read."""
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(self._read(stream, session, requests), name="books reader")
-            writer = group.create_task(_write(stream.outbox, context), name="books writer")
+            writer = group.create_task(_write(stream, context), name="books writer")
             closed = group.create_task(stream.closed.wait(), name="books closed")
             await asyncio.wait({reader, writer, closed}, return_when=asyncio.FIRST_COMPLETED)
             for task in (reader, writer, closed):
@@ -123,6 +158,22 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
     def _report(self, stream: _Stream, session: int, request: pb.BooksRequest) -> None:
         self.stall_watch.check()
         self._deliver(self._broker.report(stream.incarnation, session, request, time.monotonic()))
+        if request.sequence:
+            self._echo(stream, request.sequence)
+
+    def _echo(self, stream: _Stream, sequence: int) -> None:
+        """Tell the worker how far its reports are booked; with what is queued, or by itself."""
+        stream.booked_sequence = sequence
+        if stream.is_echo_queued:
+            return
+        try:
+            stream.outbox.put(_ECHO)
+        except QueueFull:
+            _close(stream, "it does not read")
+        except Unavailable:
+            pass
+        else:
+            stream.is_echo_queued = True
 
     def _deliver(self, out: Outgoing) -> None:
         for session, why in out.closed.items():
@@ -142,11 +193,24 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
                 pass  # closed a moment ago; its next hello brings everything
 
 
-async def _write(outbox: Outbox[pb.BooksResponse], context: _Context) -> None:
-    while batch := await outbox.get_batch(BATCH_MESSAGES):
-        message = batch[0]
-        for further in batch[1:]:
-            message.MergeFrom(further)
+async def _until(event: asyncio.Event, limit_s: float) -> None:
+    """Wait for the event, or limit_s."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
+async def _write(stream: _Stream, context: _Context) -> None:
+    while batch := await stream.outbox.get_batch(BATCH_MESSAGES):
+        message = pb.BooksResponse()
+        for part in batch:
+            if part is _ECHO:
+                stream.is_echo_queued = False
+                message.booked_sequence = stream.booked_sequence
+            else:
+                message.MergeFrom(part)
         try:
             await context.write(message)
         except grpc.aio.InternalError:
