@@ -138,7 +138,7 @@ def test_a_unit_is_the_smaller_sides_block() -> None:
         ({"num_kv_heads": 8}, "num_kv_heads 4 against 8"),
         ({"head_dim": 6}, "head_dim 3 against 6"),
         ({"dtype": "bfloat16"}, "dtype float16 against bfloat16"),
-        ({"block_tokens": 6}, "block_tokens 4 against 6; set one to a multiple of the other"),
+        ({"block_tokens": 6}, "block_tokens 4 against 6 .set block_tokens of one to a multiple"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -55,25 +55,39 @@ def test_same_name_over_other_weights_is_refused_naming_both():
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [
-        ("block_tokens", 32, "block_tokens 16 against 32"),
+        ("block_tokens", 24, "block_tokens 16 against 24 (set block_tokens of one to a multiple of the other's)"),
         ("dtype", "bfloat16", "dtype float32 against bfloat16"),
         ("num_layers", 3, "num_layers 2 against 3"),
         ("num_kv_heads", 4, "num_kv_heads 2 against 4"),
         ("head_dim", 16, "head_dim 8 against 16"),
-        ("num_shards", 2, "num_shards 1 against 2"),
+        ("num_shards", 4, "num_shards 4 does not divide num_kv_heads 2"),
         ("block_bytes", 1, "block_bytes 4096 against 1"),
     ],
 )
 def test_other_layout_is_refused_naming_both(field, value, text):
     why = refusal(P, changed(D, **{f"layout__{field}": value}))
     assert text in why
-    assert "prefill-0" in why
-    assert "decode-0" in why
+    assert "prefill-0 has layers=2 block_tokens=16 kv_heads=2 head_dim=8 dtype=float32 shards=1, decode-0 has layers=" in why
+
+
+def test_blocks_that_can_be_cut_anew_are_no_reason_to_refuse():
+    assert refusal(P, changed(D, layout__block_tokens=64, layout__block_bytes=4 * 4096)) == ""
+    assert refusal(P, changed(D, layout__num_shards=2)) == ""
+    assert refusal(P, changed(D, layout__block_tokens=4, layout__block_bytes=1024, layout__num_shards=2)) == ""
+
+
+def test_a_token_of_another_size_is_refused():
+    assert "bytes per token differ" in refusal(P, changed(D, layout__block_tokens=32))
+
+
+def test_other_hash_granularity_is_refused_with_the_fix():
+    why = refusal(P, changed(D, model__hash_block_tokens=64))
+    assert "hash_block_tokens 16 against 64 (set it on both to one value that divides both block sizes)" in why
 
 
 def test_all_differences_are_named_at_once():
-    why = refusal(P, changed(D, layout__dtype="float16", layout__block_bytes=2048))
-    assert "dtype float32 against float16; block_bytes 4096 against 2048" in why
+    why = refusal(P, changed(D, model__vocab_size=7, layout__dtype="float16", layout__block_bytes=2048))
+    assert "vocab_size 100 against 7; dtype float32 against float16" in why
 
 
 def test_no_common_transport_is_refused_naming_both():

@@ -28,14 +28,16 @@ class House:
         self.placer = Placer(self.config, self.fleet, self.index)
         self._ids = iter(range(1, 1000))
 
-    def add(self, name: str, service: discovery.Service, block_tokens: int = BLOCK, **load: int) -> Worker:
+    def add(self, name: str, service: discovery.Service, block_tokens: int = BLOCK, num_shards: int = 1, **load: int) -> Worker:
+        layout = discovery.KvLayout(block_tokens=block_tokens, num_layers=2, num_kv_heads=4, head_dim=16, dtype="float32")
+        layout.num_shards, layout.block_bytes = num_shards, 1024 * block_tokens
         record = discovery.Instance(
             service=service,
             instance_id=name,
             incarnation=f"inc-{name}",
             grpc_address=f"host:{len(self.fleet.workers)}",
             model=discovery.Model(served_name="m", hash_block_tokens=BLOCK, max_model_tokens=4096),
-            layout=discovery.KvLayout(block_tokens=block_tokens, block_bytes=1024 * block_tokens),
+            layout=layout,
             capabilities=CAPABILITIES[service],
         )
         added = Worker(record, self.index.add_worker(), PrefillSpeed(50.0))
@@ -63,6 +65,15 @@ def test_a_prompt_is_placed_on_a_pair() -> None:
     placement = house.ask().placement
     assert (placement.prefill.instance_id, placement.decode.instance_id) == ("p0", "d0")
     assert placement.predicted_prefill_us == 99 * 50
+
+
+def test_a_pair_whose_layouts_cannot_be_matched_is_not_placed() -> None:
+    house = House()
+    house.add("p0", discovery.SERVICE_PREFILL, block_tokens=3 * BLOCK)
+    house.add("d0", discovery.SERVICE_DECODE, block_tokens=2 * BLOCK)
+    assert not house.ask().placement.HasField("prefill")
+    house.add("p1", discovery.SERVICE_PREFILL, block_tokens=4 * BLOCK, num_shards=2)
+    assert house.ask().placement.prefill.instance_id == "p1"
 
 
 def test_without_prefill_instances_decode_does_it_all() -> None:

@@ -56,10 +56,12 @@ def layout_mismatch(a: Layout, b: Layout) -> str:
     """Why blocks of one cannot be turned into blocks of the other, and what would help; "" if they can. Symmetric in meaning."""
     if missing := [name for name in (*_EQUAL_FIELDS, *_DIVIDING_FIELDS) if not (getattr(a, name) and getattr(b, name))]:
         return f"{', '.join(missing)} not given"
-    if different := [name for name in _EQUAL_FIELDS if getattr(a, name) != getattr(b, name)]:
-        return f"{_pairs(different, a, b)}; both sides must serve the same model in the same element type"
-    if undivided := [name for name in _DIVIDING_FIELDS if not _divides(getattr(a, name), getattr(b, name))]:
-        return f"{_pairs(undivided, a, b)}; set one to a multiple of the other"
+    different = [name for name in _EQUAL_FIELDS if getattr(a, name) != getattr(b, name)]
+    undivided = [name for name in _DIVIDING_FIELDS if not _divides(getattr(a, name), getattr(b, name))]
+    fixes = ["serve the same model in the same element type on both"] if different else []
+    fixes += [f"set {name} of one to a multiple of the other's" for name in undivided]
+    if fixes:
+        return f"{_pairs(different + undivided, a, b)} ({'; '.join(fixes)})"
     if uneven := next((layout for layout in (a, b) if layout.num_kv_heads % layout.num_shards), None):
         return f"num_shards {uneven.num_shards} does not divide num_kv_heads {uneven.num_kv_heads}"
     if a.block_bytes * b.block_tokens != b.block_bytes * a.block_tokens:

@@ -3,9 +3,15 @@
 from collections.abc import Iterator
 
 from baton_contracts.discovery.v1 import instance_pb2 as discovery
+from baton_runtime.layouts import layout_mismatch, layout_text
 
-_LAYOUT_FIELDS = ("block_tokens", "num_layers", "num_kv_heads", "head_dim", "dtype", "num_shards", "block_bytes")
-_MODEL_FIELDS = ("fingerprint", "hash_block_tokens", "max_model_tokens", "vocab_size")
+# What must be equal, and what to do about it.
+_MODEL_FIELDS = {
+    "fingerprint": " (serve the same weights, or another served_name)",
+    "hash_block_tokens": " (set it on both to one value that divides both block sizes)",
+    "max_model_tokens": "",
+    "vocab_size": "",
+}
 
 
 def is_pair(a: discovery.Instance, b: discovery.Instance) -> bool:
@@ -19,9 +25,14 @@ def is_pair(a: discovery.Instance, b: discovery.Instance) -> bool:
 
 
 def refusal(a: discovery.Instance, b: discovery.Instance) -> str:
-    """Why this pair must not be formed, naming both sides' values; "" if it may be."""
+    """Why this pair must not be formed, naming both sides' values; "" if it may be.
+
+    Block sizes and numbers of shards may differ if one divides the other: blocks are cut anew on their way.
+    """
     names = (a.instance_id, b.instance_id)
-    differences = [*_differences(_MODEL_FIELDS, a.model, b.model), *_differences(_LAYOUT_FIELDS, a.layout, b.layout)]
+    differences = list(_differences(a.model, b.model))
+    if why := layout_mismatch(a.layout, b.layout):
+        differences.append(f"{why}; {names[0]} has {layout_text(a.layout)}, {names[1]} has {layout_text(b.layout)}")
     if differences:
         return f"{names[0]} and {names[1]} cannot exchange KV: {'; '.join(differences)}"
     offered = [sorted({offer.name for offer in instance.transports}) for instance in (a, b)]
@@ -35,8 +46,8 @@ def _may_hand_over(source: discovery.Instance, sink: discovery.Instance) -> bool
     return discovery.CAPABILITY_PREFILL_FOR in source.capabilities and discovery.CAPABILITY_DECODE_FROM in sink.capabilities
 
 
-def _differences(fields: tuple[str, ...], a: object, b: object) -> Iterator[str]:
-    for name in fields:
+def _differences(a: discovery.Model, b: discovery.Model) -> Iterator[str]:
+    for name, fix in _MODEL_FIELDS.items():
         values = (getattr(a, name), getattr(b, name))
         if values[0] != values[1]:
-            yield f"{name} {values[0]} against {values[1]}"
+            yield f"{name} {values[0]} against {values[1]}{fix}"

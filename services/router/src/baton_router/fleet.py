@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from baton_contracts.discovery.v1 import instance_pb2 as discovery
 from baton_contracts.worker.v1 import worker_service_pb2 as worker
+from baton_runtime.layouts import layout_mismatch
 
 # docs/handoff.md, section 4.
 SUSPECT_AFTER_S = 1.0
@@ -60,6 +61,13 @@ class Worker:
     beat: worker.Beat = field(default_factory=worker.Beat)
     fenced_at: float = float("-inf")  # a frontend's report; its own feed newer than that lifts it
     _unseen: OrderedDict[int, tuple[float, int]] = field(default_factory=OrderedDict)  # placement -> (when, prefill tokens)
+    kv_kind: bytes = field(init=False)  # equal bytes: the same model and layout
+
+    def __post_init__(self) -> None:
+        model = self.record.model
+        kind = discovery.Instance(model=discovery.Model(fingerprint=model.fingerprint, hash_block_tokens=model.hash_block_tokens))
+        kind.layout.CopyFrom(self.record.layout)
+        self.kv_kind = kind.SerializeToString(deterministic=True)
 
     @property
     def incarnation(self) -> str:
@@ -122,6 +130,7 @@ class Fleet:
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
         self._barred: dict[tuple[str, str], float] = {}
+        self._matches: dict[tuple[bytes, bytes], bool] = {}  # by kv_kind: as many as there are kinds of workers, squared
 
     def serving(self, model: str) -> list[Worker]:
         """Workers of that model, whatever their state."""
@@ -139,6 +148,17 @@ class Fleet:
     def is_barred(self, prefill: str, decode: str, now: float) -> bool:
         """Whether that pair was reported lately."""
         return self._barred.get((prefill, decode), float("-inf")) > now
+
+    def can_exchange(self, prefill: Worker, decode: Worker) -> bool:
+        """Whether KV of the one can become KV of the other; kvtransfer refuses the pair if not, but only after it was placed."""
+        if prefill.kv_kind == decode.kv_kind:
+            return True
+        kinds = (prefill.kv_kind, decode.kv_kind)
+        if kinds not in self._matches:
+            a, b = prefill.record, decode.record
+            is_same_model = (a.model.fingerprint, a.model.hash_block_tokens) == (b.model.fingerprint, b.model.hash_block_tokens)
+            self._matches[kinds] = is_same_model and not layout_mismatch(a.layout, b.layout)
+        return self._matches[kinds]
 
     def fence(self, incarnations: Iterable[str], now: float) -> None:
         """A frontend lost these: no new work until their own feed is heard again."""

@@ -81,7 +81,7 @@ class Placer:
                 self._pair(query, source, sink, cached)
                 for source in sources
                 for sink in sinks
-                if not self._fleet.is_barred(source.incarnation, sink.incarnation, now)
+                if self._fleet.can_exchange(source, sink) and not self._fleet.is_barred(source.incarnation, sink.incarnation, now)
             ]
         return options
 
