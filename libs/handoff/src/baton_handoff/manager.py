@@ -36,7 +36,7 @@ from baton_handoff.peer_watch import FenceReason
 from baton_handoff.peers import Peers
 from baton_handoff.sink import SinkBook
 from baton_handoff.source import SourceBook
-from baton_handoff.spans import HandoffTrace
+from baton_handoff.spans import HandoffTrace, PullTotals
 from baton_handoff.tag import KvShape
 from baton_handoff.transports.base import PullStats, Transport
 
@@ -84,7 +84,16 @@ class HandoffManager:
         self._peers = Peers(self, instance, transports, self._metrics, self._config, clock)
         self.servicer = self._peers.servicer
         block_bytes, times = engine.pool.block_bytes, self._config.times
-        self.books = BooksClient(instance, self._sums, self._peers.introductions.add, self._peers.hinted, block_bytes, times)
+        self.books = BooksClient(
+            instance,
+            self._sums,
+            self._peers.introductions.add,
+            self._peers.hinted,
+            block_bytes,
+            times,
+            lambda: self._peers.puller.links,
+            clock,
+        )
         if view is not None:
             self.books.follow(view)
         self._callers: dict[tuple[HandoffKey, Side], _Caller] = {}
@@ -408,11 +417,13 @@ class HandoffManager:
             caller.trace.pulled(puller.transport_of(incarnation), puller.why_of(incarnation), stats, is_retry=is_retry)
 
     def _report(self, report: Report) -> None:
-        transport = ""
-        if report.side is Side.SINK:
-            transport = self._peers.puller.transport_of(report.peer_incarnation)
-            self._count_confirmed(report)
-        self.books.report(report, transport)
+        if report.side is Side.SOURCE:
+            return self.books.report(report)
+        self._count_confirmed(report)
+        caller = self._callers.get((report.key, Side.SINK))
+        pulled = caller.trace.totals if caller is not None else PullTotals()
+        transport = self._peers.puller.transport_of(report.peer_incarnation)
+        self.books.report(report, transport, pulled.num_bytes, pulled.busy_s)
 
     def _count_confirmed(self, report: Report) -> None:
         caller = self._callers.get((report.key, Side.SINK))
@@ -477,7 +488,8 @@ class HandoffManager:
             self._perform(self._sink.tick(now))
             self.stranded_bytes()
             self._wake.clear()
-            self._sleeps_until = min(now + self._config.times.tick_s, self._next_due(now))
+            link_due = max(self._peers.next_due(), now + MIN_SLEEP_S)
+            self._sleeps_until = min(now + self._config.times.tick_s, self._next_due(now), link_due)
             try:
                 async with asyncio.timeout(self._sleeps_until - now):
                     await self._wake.wait()

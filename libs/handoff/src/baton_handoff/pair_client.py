@@ -52,6 +52,7 @@ class PairClient:
         self.created_at = clock()
         self.used_at = self.created_at
         self.was_refused = False  # the source does not know our introduction (yet)
+        self.has_failed = False  # an attempt to open the stream failed on the way, since the source was last heard
         self._owner = owner
         self._introductions = introductions
         self._own = own
@@ -198,7 +199,7 @@ class PairClient:
             raise wire.ProtocolError("welcome", "must be the first message")
         if response.welcome.incarnation != self.peer.incarnation:
             raise StaleIncarnation(expected=self.peer.incarnation, got=response.welcome.incarnation)
-        self.was_refused = False
+        self.was_refused = self.has_failed = False
         if self.watch is None:
             self.watch = PeerWatch(self._config.times, now)
         self.watch.linked(now)
@@ -217,3 +218,5 @@ class PairClient:
         elif isinstance(error, PermissionDenied):
             self.was_refused = True  # its introduction may be on its way, or another of our secrets may do
             self._tries += 1
+        else:
+            self.has_failed = True

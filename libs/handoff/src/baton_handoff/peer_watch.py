@@ -37,7 +37,8 @@ class Beat:
 class PeerWatch:
     """One link's judgement of its peer.
 
-    All its state: when the peer was last heard, when its link was lost (None: it is up), and its newest beat.
+    All its state: when the peer was last heard, when its link was lost (None: it is up), its newest beat, and whether somebody
+    else said after that that it is dead. What others say only shortens the time from our own suspicion to the fence.
     """
 
     def __init__(self, times: Times, now: float) -> None:
@@ -45,16 +46,23 @@ class PeerWatch:
         self._heard_at = now
         self._lost_at: float | None = None
         self._beat = Beat()
+        self._is_rumoured = False
 
     def heard(self, beat: Beat, now: float) -> None:
         """A message arrived."""
         self._heard_at = now
         self._beat = beat
+        self._is_rumoured = False
 
     def linked(self, now: float) -> None:
         """The link is up (again)."""
         self._heard_at = now
         self._lost_at = None
+        self._is_rumoured = False
+
+    def rumoured(self) -> None:
+        """Somebody else says that the peer is dead; true until it is heard again."""
+        self._is_rumoured = True
 
     def lost(self, now: float) -> None:
         """The link broke; the first break counts."""
@@ -65,6 +73,10 @@ class PeerWatch:
         """Time since the peer was last heard."""
         return now - self._heard_at
 
+    def reopen_due(self) -> float:
+        """When a lost link will be given up; infinity while it is up."""
+        return self._lost_at + self._times.reopen_s if self._lost_at is not None else float("inf")
+
     def judge(self, now: float) -> tuple[PeerState, FenceReason | None]:
         """State now, and with FENCED why."""
         if self._lost_at is not None and now - self._lost_at >= self._times.reopen_s:
@@ -74,5 +86,7 @@ class PeerWatch:
         if self._beat.running_step_age_s > max(self._times.fenced_s, 4 * self._beat.predicted_step_s):
             return PeerState.FENCED, FenceReason.STEP_STUCK
         if self._lost_at is not None or self.silent_s(now) >= self._times.suspect_s:
+            if self._is_rumoured:
+                return PeerState.FENCED, FenceReason.STREAM_BROKEN
             return PeerState.SUSPECT, None
         return PeerState.OK, None

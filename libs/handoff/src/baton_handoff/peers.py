@@ -21,10 +21,13 @@ from baton_handoff.introductions import Introductions
 from baton_handoff.link import LinkOwner
 from baton_handoff.messages import Message
 from baton_handoff.pair_client import PairClient
-from baton_handoff.pair_servicer import PairServicer
+from baton_handoff.pair_servicer import PairServicer, SinkPeer
 from baton_handoff.peer_watch import FenceReason, PeerState
 from baton_handoff.pulls import Puller
 from baton_handoff.transports.base import Transport
+
+# Deaths told by kvtransfer and remembered; the oldest go first.
+MAX_RUMOURS = 4096
 
 log = get_logger(__name__)
 
@@ -55,7 +58,8 @@ class PeersOwner(LinkOwner, Protocol):
 
 
 class Peers:
-    """All its state: `clients` by incarnation of the source; `servicer.peers` by incarnation of the sink."""
+    """All its state: `clients` by incarnation of the source; `servicer.peers` by incarnation of the sink; `_rumours`, lives of which
+    kvtransfer said that they are dead, and nobody said or showed anything else since."""
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Peers:
         self.puller = Puller(transports, self.introductions, own, config.times.first_link_s)
         self.servicer = PairServicer(owner, self.introductions, own, config)
         self.clients: dict[str, PairClient] = {}
+        self._rumours: dict[str, str] = {}
         self._owner = owner
         self._own = own
         self._transports = transports
@@ -104,22 +109,32 @@ class Peers:
         for incarnation, client in list(self.clients.items()):
             self._judge_source(incarnation, client, now)
         for incarnation, peer in list(self.servicer.peers.items()):
-            state, reason = peer.watch.judge(now)
-            if reason is not None:
-                self.fence_sink(incarnation, reason)
-            elif peer.session is not None and peer.is_suspect != (state is PeerState.SUSPECT):
-                peer.is_suspect = state is PeerState.SUSPECT
-                self._owner.sink_suspect(incarnation, peer.is_suspect)
+            self._judge_sink(incarnation, peer, now)
+
+    def next_due(self) -> float:
+        """When the next lost link will be given up; infinity if none is lost."""
+        watches = [client.watch for client in self.clients.values() if client.watch is not None]
+        watches += [peer.watch for peer in self.servicer.peers.values()]
+        return min((watch.reopen_due() for watch in watches), default=float("inf"))
 
     def hinted(self, incarnation: str, reason: str) -> None:
-        """kvtransfer has heard of a death. Only a link that is suspect already is given up for it."""
+        """kvtransfer has heard of a death. A link that works is not given up for it; one that we doubt ourselves, now or later, is,
+        at once: lost, silent for 1 s, or not to be opened at the first try."""
         now = self._owner.notice()
+        if incarnation not in self._rumours:
+            log.info("peer_down_heard", peer=incarnation, reason=reason)
+        self._rumours[incarnation] = reason
+        while len(self._rumours) > MAX_RUMOURS:
+            del self._rumours[next(iter(self._rumours))]
         client = self.clients.get(incarnation)
-        if client is not None and client.watch is not None and client.watch.judge(now)[0] is not PeerState.OK:
-            self.fence_source(incarnation, FailureCause.PEER_FENCED, FenceReason.STREAM_BROKEN)
+        if client is not None:
+            if client.watch is not None:
+                client.watch.rumoured()
+            self._judge_source(incarnation, client, now)
         peer = self.servicer.peers.get(incarnation)
-        if peer is not None and peer.watch.judge(now)[0] is not PeerState.OK:
-            self.fence_sink(incarnation, FenceReason.STREAM_BROKEN)
+        if peer is not None:
+            peer.watch.rumoured()
+            self._judge_sink(incarnation, peer, now)
 
     def fence_source(self, incarnation: str, cause: FailureCause, reason: FenceReason, *, is_news: bool = True) -> None:
         """A source is over for us: every handoff pulled from it ends, running operations end soon."""
@@ -155,6 +170,7 @@ class Peers:
         return client.watch.silent_s(now) if client is not None and client.watch is not None else float("inf")
 
     def _introduced(self, incarnation: str) -> None:
+        self._rumours.pop(incarnation, None)  # it has said hello since
         client = self.clients.get(incarnation)
         known = self.introductions.get(incarnation)
         if client is None or known is None:
@@ -163,6 +179,14 @@ class Peers:
         if known.refusal:
             log.warning("pair_refused", peer=incarnation, why=known.refusal)
             self.fence_source(incarnation, FailureCause.NO_INTRODUCTION, FenceReason.STREAM_BROKEN, is_news=False)
+
+    def _judge_sink(self, incarnation: str, peer: SinkPeer, now: float) -> None:
+        state, reason = peer.watch.judge(now)
+        if reason is not None:
+            self.fence_sink(incarnation, reason)
+        elif peer.session is not None and peer.is_suspect != (state is PeerState.SUSPECT):
+            peer.is_suspect = state is PeerState.SUSPECT
+            self._owner.sink_suspect(incarnation, peer.is_suspect)
 
     def _judge_source(self, incarnation: str, client: PairClient, now: float) -> None:
         if client.watch is None:
@@ -176,7 +200,9 @@ class Peers:
             self._metrics.peer_gone(incarnation)
 
     def _judge_first_link(self, incarnation: str, client: PairClient, waited_s: float) -> None:
-        if not client.is_introduced and waited_s >= self._times.introduction_s:
+        if incarnation in self._rumours and (client.has_failed or waited_s >= self._times.suspect_s):
+            cause = FailureCause.PEER_FENCED
+        elif not client.is_introduced and waited_s >= self._times.introduction_s:
             cause = FailureCause.NO_INTRODUCTION
         elif waited_s >= self._times.first_link_s:
             cause = FailureCause.NO_INTRODUCTION if client.was_refused else FailureCause.PATH_DOWN

@@ -15,6 +15,9 @@ from baton_handoff.link import until_first
 from baton_handoff.transports import choose
 from baton_handoff.transports.base import ChecksumMismatch, PeerPool, PullFailed, PullStats, Transport, TransportUnavailable
 
+# The speed of a link is measured over about its last so many bytes.
+RECENT_BYTES = 256 << 20
+
 log = get_logger(__name__)
 
 
@@ -31,6 +34,32 @@ class PullResult:
     stats: PullStats | None = None
     failure: FailureCause | None = None
     is_retry: bool = False
+
+
+@dataclass(slots=True)
+class LinkStats:
+    """One source we pull from, for the books and people. version rises with every change."""
+
+    transport: str
+    reason: str  # why this transport
+    pulled_bytes: int = 0
+    version: int = 1
+    recent_bytes: float = 0.0
+    recent_s: float = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of the latest operations while they ran; 0 before the first."""
+        return self.recent_bytes / self.recent_s if self.recent_s > 0 else 0.0
+
+    def pulled(self, stats: PullStats) -> None:
+        """An operation has ended well."""
+        self.version += 1
+        self.pulled_bytes += stats.num_bytes
+        self.recent_bytes += stats.num_bytes
+        self.recent_s += stats.duration_s
+        if self.recent_bytes > RECENT_BYTES:  # older ones count less and less
+            self.recent_bytes, self.recent_s = self.recent_bytes / 2, self.recent_s / 2
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +86,7 @@ class Puller:
         self._own = own
         self._open_limit_s = open_limit_s
         self._peers: dict[str, _Peer] = {}
+        self.links: dict[str, LinkStats] = {}  # by the source's incarnation, from its first opened pool until it is dropped
 
     def transport_of(self, incarnation: str) -> str:
         """Name of the transport in use with a peer; "" before the first operation."""
@@ -70,6 +100,7 @@ class Puller:
 
     def drop(self, incarnation: str) -> None:
         """End running operations soon, also those that are still opening the pool, and forget it. Idempotent."""
+        self.links.pop(incarnation, None)
         peer = self._peers.pop(incarnation, None)
         if peer is not None:
             peer.drop()
@@ -117,9 +148,22 @@ class Puller:
                 opened = await self._open_unless_dropped(peer, start.peer_incarnation)
                 if opened is not None:
                     peer.pool, peer.why = opened
+                    self._opened(start.peer_incarnation, *opened)
         if peer.pool is None or peer.dropped.is_set():
             raise PullFailed("any", "the peer was dropped")
-        return await peer.pool.pull(start.source_ids, start.dest_ids)
+        stats = await peer.pool.pull(start.source_ids, start.dest_ids)
+        if not peer.dropped.is_set():
+            link = self.links.get(start.peer_incarnation)
+            if link is not None:
+                link.pulled(stats)
+        return stats
+
+    def _opened(self, incarnation: str, pool: PeerPool, why: str) -> None:
+        link = self.links.setdefault(incarnation, LinkStats(pool.name, why))
+        if (link.transport, link.reason) != (pool.name, why):  # opened afresh, another way
+            link.transport, link.reason = pool.name, why
+            link.recent_bytes = link.recent_s = 0.0
+            link.version += 1
 
     async def _open_unless_dropped(self, peer: _Peer, incarnation: str) -> tuple[PeerPool, str] | None:
         """None: the peer was dropped meanwhile. Blocks wait for this, so it is bounded in all and not only per transport."""

@@ -27,11 +27,12 @@ _ENDED = int(pb.HANDOFF_EVENT_KIND_ENDED)
 
 
 class HandoffKey(NamedTuple):
-    """Identity of a handoff, as baton.worker.v1.HandoffId."""
+    """Identity of a handoff or a fetch, as baton.worker.v1.HandoffId."""
 
     request_id: str
     attempt: int
     decode_incarnation: str
+    is_fetch: bool = False
 
 
 class Agreement(enum.Enum):
@@ -185,7 +186,7 @@ class Books:
         for event in events:
             num_events += 1
             told, side, kind = event.handoff, event.side, event.kind
-            key = HandoffKey(told.request_id, told.attempt, told.decode_incarnation)
+            key = HandoffKey(told.request_id, told.attempt, told.decode_incarnation, told.is_fetch)
             handoff = self.handoffs.get(key)
             entry = None if handoff is None else handoff.source if side == _SOURCE else handoff.sink
             if entry is None:
@@ -202,7 +203,8 @@ class Books:
                 account.source_held_bytes += held_bytes - entry.held_bytes
             else:
                 account.sink_held_bytes += held_bytes - entry.held_bytes
-                entry.pulled_bytes, entry.pull_us = event.pulled_bytes, event.pull_us
+                if event.pulled_bytes:
+                    entry.pulled_bytes, entry.pull_us = event.pulled_bytes, event.pull_us
                 entry.transport = event.transport or entry.transport
             entry.held_bytes, entry.kind = held_bytes, kind
             confirmed_bytes = event.confirmed_bytes

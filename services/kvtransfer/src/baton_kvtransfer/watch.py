@@ -127,7 +127,8 @@ class Watches:
         """A handoff as it is now."""
         key, sink = handoff.key, handoff.sink
         view = pb.HandoffView(age_us=int(max(0.0, (handoff.over_s or now_s) - handoff.begun_s) * 1e6))
-        view.handoff.request_id, view.handoff.attempt, view.handoff.decode_incarnation = key
+        id_ = view.handoff
+        id_.request_id, id_.attempt, id_.decode_incarnation, id_.is_fetch = key
         if handoff.source is not None:
             self._fill_side(view.source, handoff.source)
         if sink is not None:
@@ -156,13 +157,13 @@ class Watches:
 
     def _fill_snapshot(self, watcher: Watcher, snapshot: pb.HandoffSnapshot, now_s: float) -> None:
         name = self._directory.instance_id
-        views = [self.view(handoff, now_s) for handoff in self._books.live() if watcher.wants(handoff, name)]
-        live = [view for view in views if view.is_live]
-        snapshot.handoffs.extend(live[:MAX_ROWS])
+        wanted = [handoff for handoff in self._books.live() if watcher.wants(handoff, name)]
+        live = [(handoff.key, view) for handoff in wanted if (view := self.view(handoff, now_s)).is_live]
+        snapshot.handoffs.extend(view for _, view in live[:MAX_ROWS])
         snapshot.left_out = max(0, len(live) - MAX_ROWS)
         snapshot.dropped_changes, watcher.dropped = watcher.dropped, 0
         self.num_dropped += snapshot.dropped_changes
-        watcher.told = {HandoffKey(v.handoff.request_id, v.handoff.attempt, v.handoff.decode_incarnation) for v in snapshot.handoffs}
+        watcher.told = {key for key, _ in live[:MAX_ROWS]}
         watcher.pending.clear()
         watcher.needs_snapshot, watcher.has_begun = False, True
 
