@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,6 +15,8 @@ from baton_handoff.actions import Report
 from baton_handoff.books import BooksClient
 from baton_handoff.config import Times
 from baton_handoff.ids import EventKind, HandoffKey, Outcome, Side
+from baton_handoff.pulls import LinkStats
+from baton_handoff.transports.base import PullStats
 from baton_runtime.discovery import InMemoryDiscovery
 from baton_runtime.rpc import GrpcServer
 from baton_runtime.testing import wait_until
@@ -22,9 +25,10 @@ KEY = HandoffKey("r", 1, "own")
 
 
 class FakeKvTransfer(KvTransferServiceServicer):
-    """Collects what is reported; says what a test puts into `news`."""
+    """Collects what is reported; says what a test puts into `news`; echoes if told to."""
 
     def __init__(self) -> None:
+        self.echoes = False
         self.streams: list[list[pb.BooksRequest]] = []
         self.news: asyncio.Queue[pb.BooksResponse] = asyncio.Queue()
 
@@ -41,7 +45,13 @@ class FakeKvTransfer(KvTransferServiceServicer):
 
     async def _read(self, requests: AsyncIterator[pb.BooksRequest], received: list[pb.BooksRequest]) -> None:
         async for request in requests:
-            received.append(request)  # noqa: PERF401  # readers look while it grows
+            received.append(request)
+            if self.echoes:
+                self.news.put_nowait(pb.BooksResponse(booked_sequence=request.sequence))
+
+    def echo(self) -> None:
+        """All that has come is booked."""
+        self.news.put_nowait(pb.BooksResponse(booked_sequence=self.streams[-1][-1].sequence))
 
     def events(self) -> list[pb.HandoffEvent]:
         """Of the newest stream."""
@@ -54,6 +64,8 @@ class Setup:
         self.introduced: list[pb.Introduction] = []
         self.downs: list[tuple[str, str]] = []
         self.reserved = 0
+        self.links: dict[str, LinkStats] = {}
+        self.late_s = 0.0  # how far our clock has been put forward
         self.books = BooksClient(
             lambda: Instance(instance_id="d", incarnation="own"),
             lambda: pb.BooksSums(reserved_bytes=self.reserved),
@@ -61,6 +73,8 @@ class Setup:
             lambda incarnation, reason: self.downs.append((incarnation, reason)),
             100,
             Times(sums_s=0.1),
+            lambda: self.links,
+            lambda: time.monotonic() + self.late_s,
         )
         self.books.follow(self.discovery.view(ServiceKind.SERVICE_KVTRANSFER))
 
@@ -104,6 +118,8 @@ async def test_hello_brings_the_record_and_a_snapshot_of_what_lives(setup: Setup
         first = fake.streams[0][0]
         assert first.hello.instance.incarnation == "own"
         assert [(event.handoff.request_id, event.held_bytes) for event in first.events] == [("r", 300)]
+        assert first.events[0].age_us > 0
+        assert first.sequence == 1
 
 
 async def test_events_come_in_order_to_every_kvtransfer(setup: Setup) -> None:
@@ -177,3 +193,67 @@ async def test_kvtransfer_gone_from_discovery_is_kept_while_its_stream_lives(set
         await wait_until(fake.events)
         assert setup.books.num_streams == 1
     await wait_until(lambda: not setup.books.num_streams)
+
+
+async def test_events_wait_for_the_echo_and_leave_together(setup: Setup) -> None:
+    fake, server = await setup.serve("kv-0")
+    async with closing(server):
+        await wait_until(lambda: fake.streams and fake.streams[0])
+        fake.echo()
+        setup.report(EventKind.PROGRESS, held=1)
+        await wait_until(lambda: len(fake.events()) == 1)
+        for held in range(2, 50):
+            setup.report(EventKind.PROGRESS, held=held)
+            await asyncio.sleep(0)
+        fake.echo()
+        await wait_until(lambda: len(fake.events()) == 49)
+        assert sum(bool(request.events) for request in fake.streams[0]) <= 3
+
+
+async def test_news_of_a_death_do_not_wait_for_an_echo(setup: Setup) -> None:
+    setup.books._times = Times(sums_s=60)
+    fake, server = await setup.serve("kv-0")
+    async with closing(server):
+        await wait_until(lambda: fake.streams and fake.streams[0])
+        fake.echo()
+        setup.report(EventKind.PROGRESS, held=1)
+        await wait_until(fake.events)
+        setup.report(EventKind.PROGRESS, held=2)
+        setup.books.peer_down("y", "STEP_STUCK")
+        await wait_until(lambda: any(request.peers_down for request in fake.streams[0]))
+
+
+async def test_kvtransfer_that_hangs_does_not_hear_us_until_it_echoes_again(setup: Setup) -> None:
+    fake, server = await setup.serve("kv-0")
+    async with closing(server):
+        await wait_until(lambda: fake.streams and fake.streams[0])
+        assert setup.books.num_streams == 1
+        fake.echo()
+        await wait_until(lambda: len(fake.streams[0]) >= 3)
+        setup.late_s = 2.5
+        assert setup.books.num_streams == 0
+        fake.echoes = True
+        await wait_until(lambda: setup.books.num_streams == 1)
+        assert len(fake.streams) == 1
+
+
+async def test_links_are_told_to_each_stream_when_they_change(setup: Setup) -> None:
+    link = setup.links["p1"] = LinkStats("tcp", "tcp: the only one")
+    (one, server_one) = await setup.serve("kv-0")
+    async with closing(server_one):
+        await wait_until(lambda: one.streams and one.streams[0])
+        assert [(told.transport, told.reason) for told in one.streams[0][0].links] == [("tcp", "tcp: the only one")]
+        link.pulled(PullStats(num_bytes=500, num_operations=1, duration_s=0.25))
+        await wait_until(lambda: len(links_told(one)) == 2)
+        assert (links_told(one)[1].pulled_bytes, links_told(one)[1].bytes_per_s) == (500, 2000)
+        (two, server_two) = await setup.serve("kv-1")
+        async with closing(server_two):
+            await wait_until(lambda: two.streams and two.streams[0])
+            assert two.streams[0][0].links[0].pulled_bytes == 500
+            del setup.links["p1"]
+            await wait_until(lambda: len(links_told(one)) == 3 and len(links_told(two)) == 2)
+            assert links_told(two)[1] == pb.LinkReport(source_incarnation="p1", is_closed=True)
+
+
+def links_told(fake: FakeKvTransfer) -> list[pb.LinkReport]:
+    return [link for request in fake.streams[-1] for link in request.links]

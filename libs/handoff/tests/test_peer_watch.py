@@ -62,3 +62,33 @@ def test_silence_is_measured_from_the_last_message() -> None:
     peer = watch()
     peer.heard(Beat(), 103.0)
     assert peer.silent_s(104.5) == 1.5
+
+
+def test_rumour_of_death_does_not_touch_a_link_that_works() -> None:
+    peer = watch()
+    peer.rumoured()
+    assert peer.judge(100.9) == (PeerState.OK, None)
+    peer.heard(Beat(1), 100.95)
+    assert peer.judge(101.95) == (PeerState.SUSPECT, None)  # heard since: the rumour was false
+
+
+def test_rumour_of_death_fences_whoever_is_suspect_already() -> None:
+    peer = watch()
+    peer.rumoured()
+    assert peer.judge(101.0) == (PeerState.FENCED, FenceReason.STREAM_BROKEN)
+
+
+def test_rumour_of_death_fences_a_lost_link_at_once_unless_it_comes_back() -> None:
+    peer = watch()
+    peer.lost(100.5)
+    peer.rumoured()
+    assert peer.judge(100.51) == (PeerState.FENCED, FenceReason.STREAM_BROKEN)
+    peer.linked(100.52)
+    assert peer.judge(100.53) == (PeerState.OK, None)
+
+
+def test_lost_link_is_due_200_ms_later() -> None:
+    peer = watch()
+    assert peer.reopen_due() == float("inf")
+    peer.lost(100.5)
+    assert peer.reopen_due() == 100.7

@@ -136,3 +136,14 @@ async def test_dropped_peer_is_opened_afresh_for_the_next_operation() -> None:
     assert tcp.pools[0].is_dropped
     assert (await pulls.run(START)).failure is None
     assert len(tcp.pools) == 2
+
+
+async def test_link_counts_bytes_speed_and_why_until_its_peer_is_dropped() -> None:
+    pulls = puller(FakeTransport("shm", opens=False), FakeTransport("tcp"))
+    for _ in range(2):
+        await pulls.run(START)
+    link = pulls.links["p"]
+    assert (link.transport, link.pulled_bytes, link.bytes_per_s, link.version) == ("tcp", 400, 2000, 3)
+    assert "the token differs" in link.reason
+    pulls.drop("p")
+    assert not pulls.links
