@@ -99,17 +99,6 @@ async def test_tokens_and_the_end_arrive(rig: Rig) -> None:
     assert model.tokens[A1] == [token_at(p) for p in range(3)]
 
 
-async def test_idle_stream_carries_a_beat_at_least_every_250_ms(rig: Rig) -> None:
-    model = FrontendModel()
-    async with rig.attached(model) as call:
-        loop = asyncio.get_running_loop()
-        for _ in range(3):
-            began = loop.time()
-            frame = await call.read()
-            assert frame.beat.step == 7
-            assert loop.time() - began < 1.0  # the limit is 250 ms; this much only on a busy machine
-
-
 async def test_sequences_survive_a_client_that_cancels_the_call_and_comes_back(rig: Rig) -> None:
     model = FrontendModel()
     starts = [start_message(slot, f"r{slot}") for slot in range(50)]

@@ -179,23 +179,34 @@ class DrivenEngine:
         with self._condition:
             while not (self._is_stopping or self._commands or self._engine.has_work()):
                 self._condition.wait()
-            if self._is_stopping:
-                return None
-            commands, self._commands = self._commands, deque()
-            return commands
+            return None if self._is_stopping else self._take_commands()
+
+    def _take_commands(self) -> deque[Callable[[], None]]:
+        """Called with the condition held."""
+        commands, self._commands = self._commands, deque()
+        return commands
 
     def _turn(self, commands: deque[Callable[[], None]]) -> None:
+        if self._plan_step(commands) is not None:
+            self._run_step()
+
+    def _plan_step(self, commands: deque[Callable[[], None]]) -> float | None:
+        """Do what was asked since the last step, then plan the next one: its predicted length, None if there is none."""
         self._running = (self._clock(), 0.0)  # a plan that hangs must show as well
         for command in commands:
             command()
-        if self._engine.has_work():
-            predicted_s = self._engine.plan()
-            self._running = (self._clock(), predicted_s)
-            output = self._engine.step()
-            self._step = output.step
+        if not self._engine.has_work():
             self._running = None
-            self._emit(output)
+            return None
+        predicted_s = self._engine.plan()
+        self._running = (self._clock(), predicted_s)
+        return predicted_s
+
+    def _run_step(self) -> None:
+        output = self._engine.step()
+        self._step = output.step
         self._running = None
+        self._emit(output)
 
     def _add(self, request: EngineRequest) -> None:
         try:
@@ -209,7 +220,7 @@ class DrivenEngine:
     def _end_all(self) -> None:
         """The orderly end: what was asked before counts, then everything left is cancelled by the step engine itself."""
         with self._condition:
-            commands, self._commands = self._commands, deque()
+            commands = self._take_commands()
         for command in commands:
             command()
         with self._condition:

@@ -1,5 +1,7 @@
-"""A sim engine on a virtual clock, stepped by hand: for tests of the engine and of whatever sits on it. Never sleeps."""
+"""A sim engine on a virtual clock, stepped by hand or by an event loop: for tests of it and of whatever sits on it. Never sleeps."""
 
+import asyncio
+import threading
 from array import array
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -8,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from baton_runtime.hashing import block_hashes, cache_root
 
-from baton_engine.api import EngineRequest, Priority, SamplingParams, SequenceEnd, SequenceKey, StepOutput, Work
+from baton_engine.api import EndReason, EngineRequest, Priority, SamplingParams, SequenceEnd, SequenceKey, StepOutput, Work
 from baton_engine.blocks import BlockManager
+from baton_engine.driver import DrivenEngine
 from baton_engine.paged_engine import PagedEngine
 from baton_engine.pool import KvPool
 from baton_engine.scheduler import SchedulerLimits
@@ -104,6 +107,63 @@ def virtual_engine(
     pool = KvPool(np.zeros((num_blocks, runner.layout.block_bytes), dtype=np.uint8), runner.layout)
     engine = PagedEngine(runner, pool, limits=limits, hash_block_tokens=hash_block_tokens, clock=clock)
     return VirtualEngine(engine, runner, clock)
+
+
+class LoopDrivenEngine(DrivenEngine):
+    """A DrivenEngine whose steps take their predicted time on the running loop instead of a thread's.
+
+    Made for baton_runtime.virtual_time: commands come in the middle of steps as they do from a loop beside a thread, and every
+    time is exact. Run `run()` in a task from open() to close().
+    """
+
+    def __init__(self, engine: PagedEngine) -> None:
+        super().__init__(engine, clock=asyncio.get_running_loop().time)
+        self._condition = self._changed = _LoopCondition()
+
+    async def open(self) -> None:
+        """See Engine.open."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.current_thread()
+
+    async def close(self) -> None:
+        """See Engine.close."""
+        self._is_stopping = True
+        self._changed.notify_all()
+
+    async def run(self) -> None:
+        """What the thread does."""
+        while not self._is_stopping:
+            self._changed.event.clear()
+            if not (self._commands or self._engine.has_work()):
+                await self._changed.event.wait()
+                continue
+            predicted_s = self._plan_step(self._take_commands())
+            if predicted_s is not None:
+                await asyncio.sleep(predicted_s)
+                self._run_step()
+        self._end_all()
+        self._finish(EndReason.CANCELLED, "engine closed")
+
+
+class _LoopCondition(threading.Condition):
+    """A condition that tells a loop as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = asyncio.Event()
+
+    def notify_all(self) -> None:
+        super().notify_all()
+        self.event.set()
+
+
+def loop_driven_engine(num_blocks: int, profile: SimProfile | str, *, limits: SchedulerLimits = SMALL) -> LoopDrivenEngine:
+    """A small engine on the running loop's time; block size as in limits."""
+    loaded = load_profile(profile) if isinstance(profile, str) else profile
+    clock = asyncio.get_running_loop().time
+    runner = SimRunner(loaded, limits.block_tokens, None, sleep=lambda _: None, clock=clock)
+    pool = KvPool(np.zeros((num_blocks, runner.layout.block_bytes), dtype=np.uint8), runner.layout)
+    return LoopDrivenEngine(PagedEngine(runner, pool, limits=limits, clock=clock))
 
 
 def tokens_of(length: int, seed: int = 0) -> "array[int]":

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from baton_contracts.discovery.v1.instance_pb2 import Capability
@@ -61,19 +61,21 @@ class WorkerCore:
         tracer: Tracer,
         registry: CollectorRegistry,
         attach_limits: AttachLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._handoffs = handoffs
+        self._clock = clock
         self._metrics = WorkerMetrics(registry)
         limits = StartLimits(engine.info, engine.pool.num_blocks * engine.pool.layout.block_tokens, capabilities)
-        self.dispatcher = Dispatcher(instance_id, engine, handoffs, limits, self._metrics, tracer)
+        self.dispatcher = Dispatcher(instance_id, engine, handoffs, limits, self._metrics, tracer, clock)
         self.frontends = Frontends(instance_id, incarnation, self.dispatcher, attach_limits)
         self.dispatcher.on_end = self.frontends.end
         self.feed = CacheFeed(engine.blocks)
         self.state = WorkerState(instance_id, incarnation, engine, self.dispatcher, handoffs)
         self.stall_watch = LoopStallWatch(on_stall=self._on_stall)
-        attach = AttachHandler(self.frontends, self.state.beat, self.stall_watch.check)
-        self.servicer = WorkerServicer(attach, self.feed, self.state)
+        attach = AttachHandler(self.frontends, self.state.beat, self.stall_watch.check, clock)
+        self.servicer = WorkerServicer(attach, self.feed, self.state, clock)
         self._export(registry)
 
     async def run_engine(self) -> None:
@@ -96,7 +98,7 @@ class WorkerCore:
         """Deadlines, silences, expiries, cache events between steps; until cancelled."""
         while True:
             self.stall_watch.check()
-            now = time.monotonic()
+            now = self._clock()
             self.dispatcher.tick(now)
             self.frontends.tick(now)
             self.feed.collect()
@@ -109,10 +111,10 @@ class WorkerCore:
         """
         self.dispatcher.set_draining()
         self._handoffs.set_draining()
-        hand_back_at = time.monotonic() + max(grace_s / 2, grace_s - HAND_BACK_S)
+        hand_back_at = self._clock() + max(grace_s / 2, grace_s - HAND_BACK_S)
         is_handed_back = False
         while not self._is_over():
-            if not is_handed_back and time.monotonic() >= hand_back_at:
+            if not is_handed_back and self._clock() >= hand_back_at:
                 is_handed_back = True
                 log.info("handing_back", num_sequences=self.dispatcher.num_live)
                 self.dispatcher.hand_back_all()
@@ -122,7 +124,7 @@ class WorkerCore:
         """End every stream, so that the gRPC server can stop. Idempotent."""
         self.servicer.close()
         for session in self.frontends.sessions:
-            session.detach(time.monotonic(), Unavailable("the worker ends"))
+            session.detach(self._clock(), Unavailable("the worker ends"))
 
     def _on_output(self, output: StepOutput) -> None:
         self._handoffs.on_output(output)
@@ -136,15 +138,15 @@ class WorkerCore:
     def _on_stall(self, stood_still_s: float) -> None:
         """Others have given us up: do the same before anything they sent meanwhile is looked at."""
         self._handoffs.fence_all("LOOP_STALL")
-        self.frontends.fence_all(time.monotonic())
+        self.frontends.fence_all(self._clock())
 
     def _is_over(self) -> bool:
         return self.state.is_safe_to_stop() and self.frontends.num_unacknowledged == 0
 
     async def _flush(self, limit_s: float) -> None:
         """Wait until the frontends have acknowledged every end, at most limit_s."""
-        deadline = time.monotonic() + limit_s
-        while self.frontends.num_unacknowledged and time.monotonic() < deadline:  # noqa: ASYNC110  # last thing this process does
+        deadline = self._clock() + limit_s
+        while self.frontends.num_unacknowledged and self._clock() < deadline:  # noqa: ASYNC110  # last thing this process does
             await asyncio.sleep(FLUSH_POLL_S)
 
     def _export(self, registry: CollectorRegistry) -> None:
