@@ -52,6 +52,18 @@ class BlockLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPlace:
+    """Where a pool's bytes lie, for transports that register memory with hardware.
+
+    address: of the first byte, as the process or the device counts; device: number of the accelerator, None for host memory.
+    """
+
+    address: int
+    num_bytes: int
+    device: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class KvPool:
     """A worker's KV memory. Block i is data[i]; only this process writes to it.
 
@@ -75,3 +87,8 @@ class KvPool:
     def block_bytes(self) -> int:
         """Bytes per block."""
         return self.layout.block_bytes
+
+    @property
+    def place(self) -> MemoryPlace:
+        """Where the bytes lie: host memory. A pool on a device says its own."""
+        return MemoryPlace(self.data.ctypes.data, self.data.nbytes)
