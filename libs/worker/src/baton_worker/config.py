@@ -30,8 +30,8 @@ class WorkerConfig(CommonConfig):
     max_batch_sequences: sequences in one step.
     max_chunk_tokens: prompt tokens in one step.
     max_waiting: sequences that may wait (in the engine, and for a handoff) before new ones are refused.
-    transports: ways of handing over KV blocks, best first.
-    transfer_listen: host:port of the tcp transport.
+    transports: ways of handing over KV blocks: "shm", "nixl" (an extra: docs/transports.md), "tcp"; in this order of preference.
+    transfer_listen: host:port of the tcp transport; nixl listens on the same host, on any port.
     """
 
     engine: Literal["sim", "torch"] = "sim"
@@ -48,7 +48,7 @@ class WorkerConfig(CommonConfig):
     max_batch_sequences: Count = 256
     max_chunk_tokens: Count = 2048
     max_waiting: Count = 256
-    transports: tuple[Literal["shm", "tcp"], ...] = ("shm", "tcp")
+    transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")
     transfer_listen: str = "127.0.0.1:0"
 
     @property

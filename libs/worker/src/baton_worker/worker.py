@@ -16,6 +16,7 @@ from baton_handoff.transports import Transport, TransportUnavailable
 from baton_runtime.discovery import Discovery, Registration
 from baton_runtime.errors import ConfigError
 from baton_runtime.lifecycle import Service
+from baton_runtime.log import get_logger
 from baton_runtime.metrics import MetricsServer
 from baton_runtime.rpc import GrpcServer
 from baton_runtime.telemetry import Telemetry, configure_telemetry
@@ -25,6 +26,8 @@ from baton_worker.config import WorkerConfig
 from baton_worker.core import WorkerCore
 
 # Streams have been ended before; what is left are calls that answer at once.
+log = get_logger(__name__)
+
 SERVER_GRACE_S = 0.2
 
 
@@ -145,14 +148,21 @@ class Worker(Service, abc.ABC):
         return made, engine
 
     async def _open_transports(self, made: EngineMemory) -> list[Transport]:
+        """All that are asked for; nixl may be missing its hardware if there is another."""
+        opened = []
         transports = transports_of(self.worker_config, self.name, made, self.incarnation)
         for transport in transports:
+            self.closing.push_async_callback(transport.close)  # 5
             try:
                 await transport.open()
             except TransportUnavailable as error:
-                raise ConfigError(f"{self.name}.transfer_listen", str(error)) from error
-            self.closing.push_async_callback(transport.close)  # 5
-        return transports
+                if transport.name == "nixl" and len(transports) > 1:
+                    log.warning("transport_left_out", why=str(error))
+                    continue
+                setting = "transfer_listen" if transport.name == "tcp" else "transports"
+                raise ConfigError(f"{self.name}.{setting}", str(error)) from error
+            opened.append(transport)
+        return opened
 
     def _run_tasks(self, core: WorkerCore) -> None:
         for work, name in ((core.run_engine(), "engine"), (core.run_clock(), "clock"), (core.stall_watch.run(), "stall watch")):

@@ -1,4 +1,4 @@
-"""Ways of moving KV blocks between two workers. One interface (`base`), in order of preference: shared memory, TCP."""
+"""Ways of moving KV blocks between two workers. One interface (`base`), in order of preference: shared memory, nixl, TCP."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,9 @@ from baton_engine.pool import KvPool
 from baton_runtime.log import get_logger
 
 from baton_handoff.transports.base import ChecksumMismatch, PeerPool, PullFailed, PullStats, Transport, TransportUnavailable
+from baton_handoff.transports.nixl import NixlTransport
+from baton_handoff.transports.nixl_config import NixlConfig
+from baton_handoff.transports.nixl_library import NixlMissing
 from baton_handoff.transports.segment import PoolMemory, sweep_stale
 from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
@@ -16,6 +19,7 @@ from baton_handoff.transports.tcp_wire import TcpConfig
 __all__ = [
     "Candidate",
     "ChecksumMismatch",
+    "NixlConfig",
     "PeerPool",
     "PoolMemory",
     "PullFailed",
@@ -30,7 +34,7 @@ __all__ = [
 
 log = get_logger(__name__)
 
-TRANSPORT_NAMES = ("shm", "tcp")
+TRANSPORT_NAMES = ("shm", "nixl", "tcp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +47,41 @@ class Candidate:
 
 
 def make_transports(
-    names: Sequence[str], memory: PoolMemory, pool: KvPool, incarnation: str, listen: str, advertise: str, tcp: TcpConfig | None = None
+    names: Sequence[str],
+    memory: PoolMemory,
+    pool: KvPool,
+    incarnation: str,
+    listen: str,
+    advertise: str,
+    tcp: TcpConfig | None = None,
+    nixl: NixlConfig | None = None,
 ) -> list[Transport]:
-    """The transports named, best first; not yet open. shm is left out, with a warning, if the pool is not in shared memory.
+    """The transports named, best first; not yet open. Left out, with a warning: shm if the pool is not in shared memory, nixl if it
+    is not installed.
 
-    listen, advertise: host:port (host alone: any port) of the tcp transport, as others reach it.
+    listen, advertise: host:port (host alone: any port) of the tcp transport, as others reach it; nixl listens there on any port.
 
     Raises: ValueError for a name nobody knows or if none is left.
     """
     if unknown := [name for name in names if name not in TRANSPORT_NAMES]:
         raise ValueError(f"unknown transport {unknown[0]!r}; known are {', '.join(TRANSPORT_NAMES)}")
     made: list[Transport] = []
+    problems: list[str] = []
     if "shm" in names and memory.offer is not None:
         made.append(ShmTransport(memory, pool))
     elif "shm" in names:
-        log.warning("shm_transport_left_out", why=memory.problem)
+        problems.append(f"shm: {memory.problem}")
+    if "nixl" in names:
+        try:
+            made.append(NixlTransport(pool, incarnation, listen, advertise, nixl))
+        except NixlMissing as error:
+            problems.append(f"nixl: {error}")
     if "tcp" in names:
         made.append(TcpTransport(pool, incarnation, listen, advertise, tcp))
     if not made:
-        raise ValueError(f"no transport of {', '.join(names) or 'none'} can be used: {memory.problem}")
+        raise ValueError(f"no transport of {', '.join(names) or 'none'} can be used: {'; '.join(problems)}")
+    for problem in problems:
+        log.warning("transport_left_out", why=problem)
     return made
 
 
