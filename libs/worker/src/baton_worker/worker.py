@@ -25,9 +25,9 @@ from baton_worker.assembly import EngineMemory, allocate, bind_engine, instance_
 from baton_worker.config import WorkerConfig
 from baton_worker.core import WorkerCore
 
-# Streams have been ended before; what is left are calls that answer at once.
 log = get_logger(__name__)
 
+# Streams have been ended before; what is left are calls that answer at once.
 SERVER_GRACE_S = 0.2
 
 
