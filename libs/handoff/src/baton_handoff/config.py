@@ -34,6 +34,10 @@ class HandoffConfig:
 
     look_ahead_tokens: tokens begun and not computed at which prefill stops offering (about two chunks).
     peer_share: part of the pool that one decode instance's unconfirmed blocks may take while others are linked too.
+    fetch_min_tokens: fewer missing tokens are computed, never fetched; 0: nothing is ever fetched.
+    fetch_min_limit_s: a fetch gets the time it would take to compute what it is for, but at least so long.
+    fetch_pin_share: part of the pool that may be pinned for other workers' fetches.
+    max_fetches, max_fetch_pulls: fetches of ours under way, and their operations that run at once (beside max_pulls).
     """
 
     look_ahead_tokens: int = 8192
@@ -43,5 +47,10 @@ class HandoffConfig:
     max_pulls_per_peer: int = 2
     operation_bytes: int = MAX_OPERATION_BYTES
     peer_share: float = 0.5
+    fetch_min_tokens: int = 128
+    fetch_min_limit_s: float = 0.1
+    fetch_pin_share: float = 0.5
+    max_fetches: int = 16
+    max_fetch_pulls: int = 2
     max_unsent_messages: int = 16384
     times: Times = Times()

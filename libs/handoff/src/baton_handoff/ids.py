@@ -1,6 +1,7 @@
 """Who a handoff is, who its other side is, and how it ends."""
 
 import enum
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,16 +10,22 @@ from baton_runtime.errors import BatonError
 
 
 class HandoffKey(NamedTuple):
-    """Identity of a handoff, in every message. decode_incarnation is the sink's."""
+    """Identity of a handoff or a fetch, in every message. decode_incarnation is the sink's."""
 
     request_id: str
     attempt: int
     decode_incarnation: str
+    is_fetch: bool = False
 
     @property
     def sequence(self) -> SequenceKey:
-        """Owner of the blocks in the block manager, on either side."""
+        """The sequence it is for; of a handoff also the owner of its blocks in the block manager, on either side."""
         return SequenceKey(self.request_id, self.attempt)
+
+    @property
+    def owner(self) -> Hashable:
+        """Owner of its blocks in the block manager, on either side. A fetch owns blocks beside those of its sequence."""
+        return self if self.is_fetch else self.sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,14 @@ class PeerRef:
     instance_id: str
     incarnation: str
     address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchHint:
+    """Where the leading num_tokens tokens of a sequence are believed to be cached."""
+
+    peer: PeerRef
+    num_tokens: int
 
 
 class Side(enum.IntEnum):
@@ -96,7 +111,8 @@ class HandoffEnd:
 
     cause is set with HANDOFF_FAILED, error with REFUSED, INVALID and ENGINE_ERROR. confirmed_tokens: leading tokens whose KV
     the sink has (source: knows to be) confirmed; num_bytes: bytes moved and confirmed. cached_tokens: at the source, leading
-    tokens it did not have to compute. exposed_s: at the source with PREFILLED, as in HandoffComplete.
+    tokens it did not have to compute, of which fetched_tokens came from another's cache. exposed_s: at the source with PREFILLED,
+    as in HandoffComplete.
     """
 
     reason: EndReason
@@ -106,6 +122,7 @@ class HandoffEnd:
     error: BatonError | None = None
     num_bytes: int = 0
     cached_tokens: int = 0
+    fetched_tokens: int = 0
     exposed_s: float = 0.0
 
     @property
@@ -127,3 +144,28 @@ class HandoffComplete:
     handoff_bytes: int
     exposed_s: float = 0.0
     last_chunk_bytes: int = 0
+
+
+class FetchOutcome(enum.StrEnum):
+    """How a fetch ended at the sink; the values are labels of metrics."""
+
+    FETCHED = "fetched"  # all that was asked for
+    PARTIAL = "partial"  # the source had only the first of it
+    NOT_FOUND = "not_found"  # the source had none of it, or had no leave to give it
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    FENCED = "fenced"  # the source died or hangs, or cannot be reached
+    PULL_FAILED = "pull_failed"
+    NOT_PINNED = "not_pinned"
+    DATA_LOSS = "data_loss"
+    NO_ROOM = "no_room"  # not begun: too little room here, or too many fetches
+    NO_SOURCE = "no_source"  # not begun: not introduced, other block size, suspect
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEnd:
+    """The one end of a fetch. num_tokens: fetched and confirmed, now in our own prefix cache, whatever the outcome."""
+
+    outcome: FetchOutcome
+    num_tokens: int = 0
+    num_bytes: int = 0

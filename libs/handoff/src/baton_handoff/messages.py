@@ -88,6 +88,29 @@ class CancelHandoff:
     reason: str
 
 
-FromSource = Begin | Announce | ConfirmReply | CancelHandoff
-FromSink = BeginReply | Confirm | CancelHandoff
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Sink to source: pin the longest leading run of these blocks that you have cached. hashes[i] is block first_block + i's."""
+
+    key: HandoffKey
+    first_block: int
+    hashes: tuple[bytes, ...]
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchReply:
+    """Source to sink: blocks [first_block, first_block + len(block_ids)) are pinned for this fetch, and where.
+
+    No block_ids: nothing is, the fetch is over for the source; refusal says why.
+    """
+
+    key: HandoffKey
+    first_block: int
+    block_ids: tuple[int, ...]
+    refusal: str = ""
+
+
+FromSource = Begin | Announce | ConfirmReply | CancelHandoff | FetchReply
+FromSink = BeginReply | Confirm | CancelHandoff | Fetch
 Message = FromSource | FromSink

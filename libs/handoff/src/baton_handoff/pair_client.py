@@ -72,6 +72,11 @@ class PairClient:
         known = self._introductions.get(self.peer.incarnation)
         return known is not None and bool(known.secrets) and not known.refusal
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a stream is open, its hello said."""
+        return self._queue is not None
+
     def introduced(self) -> None:
         """An introduction of this peer has arrived."""
         if self.is_introduced:

@@ -93,6 +93,21 @@ class Peers:
             self._owner.run_link(client)
         client.used_at = now
 
+    def may_fetch_from(self, incarnation: str) -> bool:
+        """Whether a fetch from there could begin at once: introduced, blocks of the same size, nothing known against it."""
+        known = self.introductions.get(incarnation)
+        if known is None or not known.secrets or known.refusal:
+            return False
+        if known.peer.layout.block_tokens != self._own().layout.block_tokens:
+            return False  # its hashes are of other blocks
+        client = self.clients.get(incarnation)
+        return client is None or client.watch is None or client.watch.judge(self._clock())[0] is PeerState.OK
+
+    def is_linked(self, incarnation: str) -> bool:
+        """Whether what is said to a source now goes out behind the newest hello."""
+        client = self.clients.get(incarnation)
+        return client is not None and client.is_open
+
     def send_to_source(self, incarnation: str, message: Message) -> None:
         """As a sink; dropped if the link is not open."""
         client = self.clients.get(incarnation)
@@ -162,12 +177,15 @@ class Peers:
             self._owner.peer_down(incarnation, reason)
 
     def silent_s(self, start: Start, now: float) -> float:
-        """For the audit: how long the other side of a Start was not heard; one without a link counts as silent for ever."""
+        """For the audit: how long the other side of a Start was not heard; one without a link counts as silent for ever, one that is
+        being linked for the first time (a fetch takes its blocks before it asks) as long as that takes."""
         if start.is_source:
             peer = self.servicer.peers.get(start.peer_incarnation)
             return peer.watch.silent_s(now) if peer is not None else float("inf")
         client = self.clients.get(start.peer_incarnation)
-        return client.watch.silent_s(now) if client is not None and client.watch is not None else float("inf")
+        if client is None:
+            return float("inf")
+        return client.watch.silent_s(now) if client.watch is not None else now - client.created_at
 
     def _introduced(self, incarnation: str) -> None:
         self._rumours.pop(incarnation, None)  # it has said hello since

@@ -45,6 +45,15 @@ class PullTotals:
     transport: str = ""
     why: str = ""  # that transport
 
+    def add(self, transport: str, why: str, stats: PullStats, *, is_retry: bool) -> None:
+        """One more is over."""
+        self.num_bytes += stats.num_bytes
+        self.num_operations += 1
+        self.num_copies += stats.num_operations
+        self.num_retries += is_retry
+        self.busy_s += stats.duration_s
+        self.transport, self.why = transport, why
+
     @property
     def gigabytes_per_second(self) -> float:
         """While operations ran; 0 if none did."""
@@ -113,13 +122,7 @@ class HandoffTrace:
     def pulled(self, transport: str, why: str, stats: PullStats, *, is_retry: bool) -> None:
         """Sink: one operation is over."""
         self.pull.closed()
-        totals = self.totals
-        totals.num_bytes += stats.num_bytes
-        totals.num_operations += 1
-        totals.num_copies += stats.num_operations
-        totals.num_retries += is_retry
-        totals.busy_s += stats.duration_s
-        totals.transport, totals.why = transport, why
+        self.totals.add(transport, why, stats, is_retry=is_retry)
 
     def emit(self, tracer: Tracer, key: HandoffKey, outcome: str, complete: HandoffComplete | None = None) -> None:
         """Nothing is emitted for requests that are not sampled. complete: at a sink that has everything."""

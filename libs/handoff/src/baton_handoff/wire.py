@@ -9,6 +9,7 @@ from baton_contracts.worker.v1 import handoff_service_pb2 as pb
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb
 from baton_engine.api import EngineBeat
 from baton_runtime.errors import InvalidArgument
+from baton_runtime.hashing import HASH_BYTES
 
 from baton_handoff.ids import ConfirmAnswer, HandoffKey
 from baton_handoff.messages import (
@@ -19,6 +20,8 @@ from baton_handoff.messages import (
     CancelHandoff,
     Confirm,
     ConfirmReply,
+    Fetch,
+    FetchReply,
     FromSink,
     FromSource,
     Message,
@@ -36,14 +39,14 @@ class ProtocolError(InvalidArgument):
 
 def key_to_proto(key: HandoffKey) -> pb.HandoffId:
     """As baton.worker.v1.HandoffId."""
-    return pb.HandoffId(request_id=key.request_id, attempt=key.attempt, decode_incarnation=key.decode_incarnation)
+    return pb.HandoffId(request_id=key.request_id, attempt=key.attempt, decode_incarnation=key.decode_incarnation, is_fetch=key.is_fetch)
 
 
 def key_from_proto(handoff: pb.HandoffId) -> HandoffKey:
     """Raises: ProtocolError if a part is missing."""
     if not handoff.request_id or not handoff.attempt or not handoff.decode_incarnation:
         raise ProtocolError("handoff", "has no identity")
-    return HandoffKey(handoff.request_id, handoff.attempt, handoff.decode_incarnation)
+    return HandoffKey(handoff.request_id, handoff.attempt, handoff.decode_incarnation, handoff.is_fetch)
 
 
 def beat_to_proto(beat: EngineBeat) -> worker_pb.Beat:
@@ -67,6 +70,8 @@ def request_to_proto(message: Message | None, beat: EngineBeat) -> pb.PairReques
         request.begin_reply.CopyFrom(_begin_reply_to_proto(message))
     elif isinstance(message, Confirm):
         request.confirm.CopyFrom(pb.Confirm(handoff=key_to_proto(message.key), end_block=message.end_block, tag=message.tag))
+    elif isinstance(message, Fetch):
+        request.fetch.CopyFrom(_fetch_to_proto(message))
     elif isinstance(message, CancelHandoff):
         request.cancel.CopyFrom(pb.CancelHandoff(handoff=key_to_proto(message.key), reason=message.reason))
     else:
@@ -86,6 +91,8 @@ def response_to_proto(message: Message | None, beat: EngineBeat) -> pb.PairRespo
         age_us = max(0, int(message.age_s * 1e6))
         reply = pb.ConfirmReply(handoff=key_to_proto(message.key), end_block=message.end_block, answer=answer, age_us=age_us)
         response.confirm_reply.CopyFrom(reply)
+    elif isinstance(message, FetchReply):
+        response.fetch_reply.CopyFrom(_fetch_reply_to_proto(message))
     elif isinstance(message, CancelHandoff):
         response.cancel.CopyFrom(pb.CancelHandoff(handoff=key_to_proto(message.key), reason=message.reason))
     else:
@@ -104,6 +111,8 @@ def message_from_request(request: pb.PairRequest) -> FromSink | None:
         return Confirm(key_from_proto(request.confirm.handoff), request.confirm.end_block, request.confirm.tag)
     if kind == "cancel":
         return CancelHandoff(key_from_proto(request.cancel.handoff), request.cancel.reason)
+    if kind == "fetch":
+        return _fetch_from_proto(request.fetch)
     raise ProtocolError("message", f"{kind} is out of place")
 
 
@@ -126,6 +135,8 @@ def message_from_response(response: pb.PairResponse) -> FromSource | None:
         return ConfirmReply(key_from_proto(reply.handoff), reply.end_block, answer, reply.age_us / 1e6)
     if kind == "cancel":
         return CancelHandoff(key_from_proto(response.cancel.handoff), response.cancel.reason)
+    if kind == "fetch_reply":
+        return _fetch_reply_from_proto(response.fetch_reply)
     raise ProtocolError("message", f"{kind} is out of place")
 
 
@@ -173,6 +184,41 @@ def _announce_from_proto(announce: pb.Announce) -> Announce:
         raise ProtocolError("announce.source_block_ids", f"{len(announce.source_block_ids)} bytes are no u32 column")
     ids = _from_column(announce.source_block_ids)
     return Announce(key_from_proto(announce.handoff), announce.first_block, ids, announce.cached_tokens, announce.age_us / 1e6)
+
+
+def _fetch_to_proto(fetch: Fetch) -> pb.Fetch:
+    return pb.Fetch(
+        handoff=key_to_proto(fetch.key),
+        first_block=fetch.first_block,
+        block_hashes=b"".join(fetch.hashes),
+        traceparent=fetch.traceparent,
+    )
+
+
+def _fetch_from_proto(fetch: pb.Fetch) -> Fetch:
+    data = fetch.block_hashes
+    if not fetch.handoff.is_fetch or not data or len(data) % HASH_BYTES:
+        raise ProtocolError("fetch.block_hashes", f"{len(data)} bytes are no hashes, or the identity is not a fetch's")
+    hashes = tuple(data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES))
+    return Fetch(key_from_proto(fetch.handoff), fetch.first_block, hashes, fetch.traceparent)
+
+
+def _fetch_reply_to_proto(reply: FetchReply) -> pb.FetchReply:
+    message = pb.FetchReply(handoff=key_to_proto(reply.key))
+    if reply.block_ids:
+        message.found.CopyFrom(pb.FetchFound(first_block=reply.first_block, source_block_ids=_column(reply.block_ids)))
+    else:
+        message.none.reason = reply.refusal
+    return message
+
+
+def _fetch_reply_from_proto(reply: pb.FetchReply) -> FetchReply:
+    key, kind = key_from_proto(reply.handoff), reply.WhichOneof("answer")
+    if kind == "none":
+        return FetchReply(key, 0, (), reply.none.reason or "NOT_CACHED")
+    if kind != "found" or not reply.found.source_block_ids or len(reply.found.source_block_ids) % 4:
+        raise ProtocolError("fetch_reply.answer", "is missing or has no u32 column of blocks")
+    return FetchReply(key, reply.found.first_block, _from_column(reply.found.source_block_ids))
 
 
 def _column(ids: Iterable[int]) -> bytes:
