@@ -82,7 +82,7 @@ def test_every_pair_has_its_own_secret(fleet):
 def test_hello_brings_all_known_peers(fleet):
     fleet.hello("decode-0", "d1")
     fleet.hello("prefill-1", "p2")
-    assert set(introduced(fleet.hello("decode-1", "d2"), "d2")) == {"p1", "p2"}
+    assert set(introduced(fleet.hello("decode-1", "d2"), "d2")) == {"p1", "p2", "d1"}
 
 
 def test_pair_that_cannot_match_is_told_why_and_gets_no_secret(fleet):
@@ -122,7 +122,7 @@ def test_death_is_told_only_to_those_introduced(fleet):
     fleet.hello("prefill-1", "p2")
     fleet.hello("decode-1", "d2", transports=("nixl",))  # refused by both
     fleet.break_stream("p1")
-    assert set(deaths(fleet.later(0.3))) == {"d1"}
+    assert set(deaths(fleet.later(0.3))) == {"d1", "p2"}
 
 
 def test_worker_that_was_down_is_introduced_again(fleet):

@@ -25,15 +25,9 @@ def test_prefill_and_decode_of_one_model_are_a_pair_both_ways_round():
     assert refusal(P, D) == ""
 
 
-def test_two_of_a_kind_are_no_pair():
-    assert not is_pair(P, worker_record("prefill-1", "p2"))
-    assert not is_pair(D, worker_record("decode-1", "d2"))
-
-
-def test_decodes_that_prefill_for_others_are_a_pair():
-    other = worker_record("decode-1", "d2")
-    other.capabilities.extend(P.capabilities)
-    assert is_pair(D, other)
+def test_two_of_a_kind_are_a_pair_because_they_may_fetch_from_each_other():
+    assert is_pair(P, worker_record("prefill-1", "p2"))
+    assert is_pair(D, worker_record("decode-1", "d2"))
 
 
 def test_two_lives_of_one_instance_are_no_pair():

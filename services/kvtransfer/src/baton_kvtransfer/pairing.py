@@ -15,13 +15,14 @@ _MODEL_FIELDS = {
 
 
 def is_pair(a: discovery.Instance, b: discovery.Instance) -> bool:
-    """Whether one could prefill for the other: other instances, the same model by weights or by name, work that fits."""
+    """Whether the two should know each other: other instances, the same model by weights or by name.
+
+    Whatever their work: a prefill hands over to a decode, and any two may fetch from each other's prefix cache.
+    """
     if (a.service, a.instance_id) == (b.service, b.instance_id):
         return False
     # The same name over other weights is a mistake somebody must be told about; other models have nothing to do with each other.
-    if a.model.fingerprint != b.model.fingerprint and a.model.served_name != b.model.served_name:
-        return False
-    return _may_hand_over(a, b) or _may_hand_over(b, a)
+    return a.model.fingerprint == b.model.fingerprint or a.model.served_name == b.model.served_name
 
 
 def refusal(a: discovery.Instance, b: discovery.Instance) -> str:
@@ -40,10 +41,6 @@ def refusal(a: discovery.Instance, b: discovery.Instance) -> str:
         texts = [", ".join(transports) or "none" for transports in offered]
         return f"{names[0]} and {names[1]} cannot exchange KV: transports {texts[0]} against {texts[1]}"
     return ""
-
-
-def _may_hand_over(source: discovery.Instance, sink: discovery.Instance) -> bool:
-    return discovery.CAPABILITY_PREFILL_FOR in source.capabilities and discovery.CAPABILITY_DECODE_FROM in sink.capabilities
 
 
 def _differences(a: discovery.Model, b: discovery.Model) -> Iterator[str]:
