@@ -65,6 +65,7 @@ class PagedEngine:
         self._arrivals: list[SequenceState] = []  # added since the last plan
         self._num_added = 0
         self._step = 0
+        self._computed_at = 0.0  # end of the compute of the running step; 0: it computes nothing
         self._stats = EngineStats(0, 0, 0, 0)
         runner.bind(pool)
 
@@ -135,6 +136,7 @@ class PagedEngine:
         output.step = self._step
         output.duration_s = self._clock() - started_at
         self._plan = Plan()
+        self._computed_at = 0.0
         self._update_stats()
         return output
 
@@ -178,6 +180,7 @@ class PagedEngine:
         items = [self._item(chunk) for chunk in plan.chunks]
         try:
             draws = self._runner.run(items)
+            self._computed_at = self._clock()
         except StepFailed as failure:
             self._end_guilty(plan.chunks, failure)
             return
@@ -234,7 +237,8 @@ class PagedEngine:
         end_block = -(-num_kv // block_tokens) if state.computed == num_kv else state.computed // block_tokens
         if end_block > state.announced:
             block_ids = self.blocks.pin(state.key, state.announced, end_block - state.announced)
-            ready = BlocksReady(state.key, state.announced, block_ids, state.cached_tokens, self._clock())
+            ready_at = self._computed_at or self._clock()
+            ready = BlocksReady(state.key, state.announced, block_ids, state.cached_tokens, ready_at)
             self._output.ready.append(ready)
             state.announced = end_block
 

@@ -7,11 +7,14 @@ import time
 from dataclasses import dataclass
 
 from baton_runtime import semconv
+from baton_runtime.log import get_logger
 from baton_runtime.telemetry import context_from
 from opentelemetry.trace import Tracer
 
-from baton_handoff.ids import HandoffComplete, HandoffKey
+from baton_handoff.ids import HandoffComplete, HandoffEnd, HandoffKey, Side
 from baton_handoff.transports.base import PullStats
+
+log = get_logger(__name__)
 
 _Attributes = dict[str, str | int | float]
 
@@ -124,6 +127,35 @@ class HandoffTrace:
         self.pull.closed()
         self.totals.add(transport, why, stats, is_retry=is_retry)
 
+    def tell_completed(self, tracer: Tracer, key: HandoffKey, complete: HandoffComplete) -> None:
+        """A sink has everything."""
+        self.emit(tracer, key, "confirmed", complete)
+        log.debug(
+            "handoff_completed",
+            request_id=key.request_id,
+            attempt=key.attempt,
+            num_bytes=complete.handoff_bytes,
+            last_chunk_bytes=complete.last_chunk_bytes,
+            exposed_ms=_ms(complete.exposed_s),
+            round_trip_ms=_ms(self.round_trip_s),
+            transport=self.totals.transport,
+            num_operations=self.totals.num_operations,
+            gigabytes_per_second=round(self.totals.gigabytes_per_second, 3),
+        )
+
+    def tell_ended(self, tracer: Tracer, key: HandoffKey, side: Side, end: HandoffEnd, outcome: str) -> None:
+        """A Start is over."""
+        self.emit(tracer, key, outcome)
+        log.debug(
+            "handoff_ended",
+            side=side.name,
+            request_id=key.request_id,
+            attempt=key.attempt,
+            outcome=outcome,
+            exposed_ms=_ms(end.exposed_s),
+            announce_to_confirm_ms=_ms(self.announced_s),
+        )
+
     def emit(self, tracer: Tracer, key: HandoffKey, outcome: str, complete: HandoffComplete | None = None) -> None:
         """Nothing is emitted for requests that are not sampled. complete: at a sink that has everything."""
         if not is_sampled(self._traceparent):
@@ -138,9 +170,9 @@ class HandoffTrace:
             semconv.BATON_TRANSPORT: totals.transport,
             semconv.BATON_TRANSPORT_REASON: totals.why,
         }
-        confirm: _Attributes = {semconv.BATON_ROUND_TRIP_MS: round(self.round_trip_s * 1e3, 3)}
+        confirm: _Attributes = {semconv.BATON_ROUND_TRIP_MS: _ms(self.round_trip_s)}
         if complete is not None:
-            confirm[semconv.BATON_EXPOSED_MS] = round(complete.exposed_s * 1e3, 3)
+            confirm[semconv.BATON_EXPOSED_MS] = _ms(complete.exposed_s)
             confirm[semconv.BATON_LAST_CHUNK_BYTES] = complete.last_chunk_bytes
         self._emit(tracer, semconv.SPAN_KV_BEGIN, self.begin, key, outcome, {semconv.BATON_FIRST_BLOCK: self.first_block})
         self._emit(tracer, semconv.SPAN_KV_PULL, self.pull, key, outcome, pull)
@@ -158,3 +190,7 @@ class HandoffTrace:
             name, context=context_from(self._traceparent), start_time=interval.start_ns, attributes={**common, **attributes}
         )
         span.end(interval.end_ns or time.time_ns())
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

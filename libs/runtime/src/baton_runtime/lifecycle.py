@@ -10,6 +10,7 @@ asked, 1 failed, 2 the configuration is wrong (one line on stderr).
 import abc
 import asyncio
 import contextlib
+import gc
 import os
 import secrets
 import signal
@@ -27,6 +28,9 @@ from baton_runtime.log import configure_logging, get_logger
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 CLOSE_LIMIT_S = 4.0
 STALL_TICK_S = 0.1
+# How long a thread may keep the interpreter while another waits for it: an engine's thread between two native calls keeps the loop
+# waiting for so long, with Python's default 5 ms.
+SWITCH_INTERVAL_S = 0.001
 
 log = get_logger(__name__)
 
@@ -79,6 +83,7 @@ class Service(abc.ABC):
 
 def run(service_factory: Callable[[], Service]) -> NoReturn:
     """Run a service until a signal or a failure, then exit the process."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(serve(service_factory))
     sys.stdout.flush()
@@ -151,6 +156,7 @@ class _Life:
     async def _start_and_wait(self) -> None:
         if not await self._until_signal(1, self._service.start()):
             return
+        _freeze()
         await self._until_signal(1, asyncio.Event().wait())
         log.info("service_draining", grace_s=self._service.config.drain_grace_s)
         began = time.monotonic()
@@ -185,6 +191,13 @@ class _Life:
         except TimeoutError:
             log.error("close_timed_out", limit_s=CLOSE_LIMIT_S)
         log.info("service_closed")
+
+
+def _freeze() -> None:
+    """Take what the start has made out of the sight of the garbage collector: it stays anyway, and each full collection would stop the
+    loop to look at all of it (measured 2026-11-21: 14 ms with 50,000 objects, a worker without torch)."""
+    gc.collect()
+    gc.freeze()
 
 
 class _TasksEnded(Exception):
