@@ -6,7 +6,7 @@ from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import EndReason, SequenceKey, StepOutput, Work
 from baton_engine.errors import EngineFailed
 from baton_handoff.ids import EndReason as HandoffEndReason
-from baton_handoff.ids import FailureCause, HandoffEnd
+from baton_handoff.ids import FailureCause, FetchEnd, FetchHint, FetchOutcome, HandoffEnd, PeerRef
 from baton_runtime.errors import Draining, InvalidArgument, QueueFull
 from baton_runtime.telemetry import configure_telemetry
 from baton_worker.dispatch import Dispatcher
@@ -280,3 +280,86 @@ def test_unsampled_attempt_leaves_no_spans(rig: Rig) -> None:
     rig.start(traceparent=SAMPLED[:-1] + "0")
     rig.ended(EndReason.STOP)
     assert span_names(rig) == []
+
+
+def fetch_from(num_tokens: int = 8) -> pb.FetchFrom:
+    return pb.FetchFrom(instance_id="decode-1", incarnation="d2", address="h:2", num_tokens=num_tokens)
+
+
+def start_with_fetch(rig: Rig, work: str = "whole") -> None:
+    start = start_message(0, "f-1", prompt=9)
+    start.fetch_from.CopyFrom(fetch_from())
+    if work == "prefill_for":
+        start.prefill_for.MergeFrom(pb.PrefillFor(decode_instance_id="d", decode_incarnation="d1"))
+    if work == "decode_from":
+        start.decode_from.MergeFrom(pb.DecodeFrom(prefill_instance_id="p", prefill_incarnation="p1", prefill_address="h:1"))
+    rig.dispatcher.start(start)
+
+
+HINT = FetchHint(PeerRef("decode-1", "d2", "h:2"), 8)
+
+
+def test_whole_work_with_a_hint_fetches_before_the_engine_hears_of_it(rig: Rig) -> None:
+    start_with_fetch(rig)
+    assert rig.handoffs.fetches[KEY][0] == HINT
+    assert KEY not in rig.engine.live
+    assert rig.dispatcher.waiting_handoff_tokens() == 8
+    rig.handoffs.end_fetch(KEY, FetchEnd(FetchOutcome.FETCHED, 8, 100))
+    assert rig.engine.live[KEY].work is Work.WHOLE
+    assert rig.dispatcher.waiting_handoff_tokens() == 0
+    rig.step(rig.engine.ended(KEY, EndReason.LENGTH, output_tokens=3, cached_tokens=8))
+    usage = rig.ends[KEY].usage
+    assert (usage.cached_tokens, usage.fetched_tokens, usage.output_tokens) == (8, 8, 3)
+
+
+@pytest.mark.parametrize("outcome", [FetchOutcome.TIMEOUT, FetchOutcome.FENCED, FetchOutcome.NO_SOURCE, FetchOutcome.NOT_FOUND])
+def test_fetch_that_comes_to_nothing_leaves_the_engine_to_compute(rig: Rig, outcome: FetchOutcome) -> None:
+    start_with_fetch(rig)
+    rig.handoffs.end_fetch(KEY, FetchEnd(outcome))
+    assert KEY in rig.engine.live
+    assert not rig.ends
+
+
+def test_prefill_work_hands_the_hint_to_the_handoffs(rig: Rig) -> None:
+    start_with_fetch(rig, "prefill_for")
+    assert rig.handoffs.held[KEY].fetch_from == HINT
+    assert not rig.handoffs.fetches
+    rig.handoffs.end(KEY, HandoffEnd(HandoffEndReason.PREFILLED, cached_tokens=8, fetched_tokens=4))
+    assert (rig.ends[KEY].usage.cached_tokens, rig.ends[KEY].usage.fetched_tokens) == (8, 4)
+
+
+def test_decode_work_ignores_the_hint(rig: Rig) -> None:
+    start_with_fetch(rig, "decode_from")
+    assert rig.handoffs.held[KEY].fetch_from is None
+
+
+def test_cancel_while_fetching_ends_it_and_never_reaches_the_engine(rig: Rig) -> None:
+    start_with_fetch(rig)
+    rig.dispatcher.cancel(KEY, pb.FINISH_REASON_CANCELLED)
+    assert rig.ends[KEY].reason == pb.FINISH_REASON_CANCELLED
+    assert KEY not in rig.engine.live
+    assert rig.dispatcher.num_live == 0
+
+
+def test_deadline_while_fetching_is_the_end(rig: Rig) -> None:
+    start = start_message(0, "f-1", prompt=9)
+    start.fetch_from.CopyFrom(fetch_from())
+    start.deadline_ms = 1000
+    rig.dispatcher.start(start)
+    rig.dispatcher.tick(rig.now + 1.1)
+    assert rig.ends[KEY].reason == pb.FINISH_REASON_DEADLINE
+
+
+def test_engine_that_refuses_after_the_fetch_ends_it_once(rig: Rig) -> None:
+    start_with_fetch(rig)
+    rig.engine.refuse = QueueFull(1, 1, retry_after_ms=50)
+    rig.handoffs.end_fetch(KEY, FetchEnd(FetchOutcome.FETCHED, 8, 100))
+    assert rig.ends[KEY].reason == pb.FINISH_REASON_REFUSED
+    assert rig.ends[KEY].error.retry_after_ms == 50
+
+
+def test_fetch_that_ends_after_the_engine_died_is_dropped(rig: Rig) -> None:
+    start_with_fetch(rig)
+    rig.dispatcher.fail_all(EngineFailed("dead"))
+    assert rig.ends[KEY].reason == pb.FINISH_REASON_ENGINE_ERROR
+    assert KEY not in rig.engine.live

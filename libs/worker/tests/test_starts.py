@@ -116,6 +116,17 @@ def test_refusal_names_the_field(field: str, start: pb.Start) -> None:
         assert refusal.value.field == field
 
 
+def test_hint_is_kept_for_those_who_compute_and_must_name_a_life() -> None:
+    start = good()
+    start.fetch_from.CopyFrom(pb.FetchFrom(instance_id="decode-1", incarnation="d2", address="h:2", num_tokens=32))
+    hint = check(start).fetch_from
+    assert hint is not None
+    assert (hint.peer, hint.num_tokens) == (PeerRef("decode-1", "d2", "h:2"), 32)
+    start.fetch_from.incarnation = ""
+    with pytest.raises(InvalidArgument, match="fetch_from.incarnation"):
+        check(start)
+
+
 def test_start_without_work_is_refused() -> None:
     start = good()
     start.ClearField("whole")

@@ -32,6 +32,8 @@ class WorkerConfig(CommonConfig):
     max_waiting: sequences that may wait (in the engine, and for a handoff) before new ones are refused.
     transports: ways of handing over KV blocks: "shm", "nixl" (an extra: docs/transports.md), "tcp"; in this order of preference.
     transfer_listen: host:port of the tcp transport; nixl listens on the same host, on any port.
+    fetch_min_tokens: cached prefix tokens that another instance must have beyond our own for them to be fetched instead of computed
+        (and the fetch must be predicted to be sooner); 0: nothing is ever fetched.
     """
 
     engine: Literal["sim", "torch"] = "sim"
@@ -50,6 +52,7 @@ class WorkerConfig(CommonConfig):
     max_waiting: Count = 256
     transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")
     transfer_listen: str = "127.0.0.1:0"
+    fetch_min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 128
 
     @property
     def pool_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Runs the sequences of all frontends: gives each to the engine or to the handoffs, and says how it ended, once.
 
-    whole         engine
+    whole         engine; before, the handoffs if blocks are to be fetched from another instance
     prefill_for   handoffs (which start the engine themselves, once decode has room)
     decode_from   handoffs until the KV is here, then engine
 
@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import EndReason, Engine, EngineRequest, SequenceEnd, SequenceKey, StepOutput, Work
-from baton_handoff.ids import HandoffComplete, HandoffEnd, PeerRef
+from baton_handoff.ids import FetchEnd, FetchHint, HandoffComplete, HandoffEnd, PeerRef
 from baton_runtime.errors import BatonError, Draining, InvalidArgument
 from opentelemetry.trace import Tracer
 
@@ -39,8 +39,18 @@ _HANDOFF_CANCEL = {
 class Handoffs(Protocol):
     """What the dispatcher needs of `baton_handoff.manager.HandoffManager`."""
 
-    def start_prefill(self, request: EngineRequest, decode: PeerRef, traceparent: str, on_end: Callable[[HandoffEnd], None]) -> None:
-        """Queue it, offer it, compute it, hand it over; then on_end, once."""
+    def start_prefill(
+        self,
+        request: EngineRequest,
+        decode: PeerRef,
+        traceparent: str,
+        on_end: Callable[[HandoffEnd], None],
+        fetch_from: FetchHint | None = None,
+    ) -> None:
+        """Queue it, offer it, fetch or compute it, hand it over; then on_end, once."""
+
+    def start_fetch(self, request: EngineRequest, hint: FetchHint, traceparent: str, on_end: Callable[[FetchEnd], None]) -> None:
+        """Fetch cached blocks of it; then on_end, once, in no more time than computing them would take. It never fails a sequence."""
 
     def start_decode(
         self,
@@ -68,6 +78,7 @@ class _Attempt:
     first_step_at: float = 0.0
     cached_tokens: int = 0
     handoff_bytes: int = 0
+    fetched_tokens: int = 0
     exposed_s: float = 0.0
 
 
@@ -94,7 +105,7 @@ class Dispatcher:
         self._cancel_times = CancelTimes(engine.blocks, metrics, clock)
         self._attempts: dict[SequenceKey, _Attempt] = {}
         self._deadlines: list[tuple[float, SequenceKey]] = []
-        self._waiting_prefills: dict[SequenceKey, int] = {}  # prefill_for: tokens to compute, while the engine has not heard of it
+        self._waiting_prefills: dict[SequenceKey, int] = {}  # tokens to compute, while the engine has not heard of it
         self._is_draining = False
         self.on_end: Callable[[SequenceKey, pb.Finished, float], None] = _nobody
 
@@ -109,7 +120,7 @@ class Dispatcher:
         return self._is_draining
 
     def waiting_handoff_tokens(self) -> int:
-        """Prompt tokens of prefill_for sequences that wait for decode's room, and which the engine's own count lacks."""
+        """Prompt tokens of sequences that wait for decode's room or for a fetch, and which the engine's own count lacks."""
         for key in [key for key in self._waiting_prefills if self._engine.blocks.has_table(key)]:
             del self._waiting_prefills[key]  # begun: the engine counts it from here on
         return sum(self._waiting_prefills.values())
@@ -131,7 +142,7 @@ class Dispatcher:
         except BatonError:
             self._attempts.pop(key, None)
             raise
-        if checked.request.work is Work.PREFILL_ONLY and key in self._attempts:
+        if key in self._attempts and not attempt.is_in_engine and checked.request.work is not Work.DECODE_ONLY:
             self._waiting_prefills[key] = checked.request.num_kv_tokens
         if checked.deadline_s is not None:
             heapq.heappush(self._deadlines, (attempt.accepted_at + checked.deadline_s, key))
@@ -206,15 +217,18 @@ class Dispatcher:
 
     def _route(self, key: SequenceKey, attempt: _Attempt) -> None:
         request, peer = attempt.start.request, attempt.start.peer
+        traceparent, hint = attempt.start.traceparent, attempt.start.fetch_from
+        if peer is None and hint is not None:
+            return self._handoffs.start_fetch(request, hint, traceparent, lambda end: self._fetch_ended(key, end))
         if peer is None:
             attempt.is_in_engine = True
             return self._engine.start(request)
         if request.work is Work.PREFILL_ONLY:
-            return self._handoffs.start_prefill(request, peer, attempt.start.traceparent, lambda end: self._handoff_ended(key, end))
+            return self._handoffs.start_prefill(request, peer, traceparent, lambda end: self._handoff_ended(key, end), hint)
         self._handoffs.start_decode(
             request,
             peer,
-            attempt.start.traceparent,
+            traceparent,
             lambda complete: self._handoff_completed(key, complete),
             lambda end: self._handoff_ended(key, end),
         )
@@ -247,6 +261,22 @@ class Dispatcher:
         else:
             self._handoffs.cancel(key.request_id, key.attempt, _HANDOFF_CANCEL[reason])
 
+    def _fetch_ended(self, key: SequenceKey, end: FetchEnd) -> None:
+        """Whatever came of it, the engine finds what is cached and computes the rest."""
+        attempt = self._attempts.get(key)
+        if attempt is None:
+            return  # over meanwhile
+        attempt.fetched_tokens = end.num_tokens
+        self._waiting_prefills.pop(key, None)
+        reason = attempt.cancel_reason or attempt.own_reason
+        if reason is not None:
+            return self._finish(key, attempt, pb.Finished(reason=reason))
+        attempt.is_in_engine = True
+        try:
+            self._engine.start(attempt.start.request)
+        except BatonError as error:
+            self._finish(key, attempt, error_end(error))
+
     def _handoff_completed(self, key: SequenceKey, complete: HandoffComplete) -> None:
         attempt = self._attempts.get(key)
         if attempt is None:
@@ -271,6 +301,7 @@ class Dispatcher:
             return
         attempt.handoff_bytes = end.num_bytes
         attempt.cached_tokens = end.cached_tokens
+        attempt.fetched_tokens = end.fetched_tokens
         finished = pb.Finished(reason=self._reason(attempt, cast("pb.FinishReason", end.reason.value)))
         if finished.reason == pb.FINISH_REASON_HANDOFF_FAILED:
             finished.handoff_failure.peer_incarnation = end.peer_incarnation
@@ -310,6 +341,7 @@ class Dispatcher:
         finished.usage.input_tokens = len(attempt.start.request.token_ids)
         finished.usage.cached_tokens = attempt.cached_tokens
         finished.usage.handoff_bytes = attempt.handoff_bytes
+        finished.usage.fetched_tokens = min(attempt.fetched_tokens, attempt.cached_tokens)
         finished.usage.exposed_handoff_us = round(attempt.exposed_s * 1e6)
         if attempt.first_step_at:
             finished.usage.queue_us = int((attempt.first_step_at - attempt.accepted_at) * 1e6)

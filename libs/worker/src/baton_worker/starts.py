@@ -11,7 +11,7 @@ from baton_contracts.discovery.v1.instance_pb2 import Capability
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import EngineInfo, EngineRequest, Priority, SamplingParams, SequenceKey, Work
 from baton_engine.errors import SequenceTooLong
-from baton_handoff.ids import PeerRef
+from baton_handoff.ids import FetchHint, PeerRef
 from baton_runtime.errors import BatonError, InvalidArgument
 from baton_runtime.hashing import HASH_BYTES
 
@@ -50,12 +50,13 @@ class StartLimits:
 
 @dataclass(frozen=True, slots=True)
 class CheckedStart:
-    """A Start that may run here. peer: the other side of the handoff; None with WHOLE."""
+    """A Start that may run here. peer: the other side of the handoff; None with WHOLE. fetch_from: None with DECODE_ONLY."""
 
     request: EngineRequest
     peer: PeerRef | None
     traceparent: str
     deadline_s: float | None  # time left; None: no deadline
+    fetch_from: FetchHint | None = None
 
 
 def check_start(start: pb.Start, limits: StartLimits) -> CheckedStart:
@@ -80,7 +81,8 @@ def check_start(start: pb.Start, limits: StartLimits) -> CheckedStart:
         # prefill samples nothing, so nothing of it is looked at there
         sampling=SamplingParams() if work is Work.PREFILL_ONLY else check_sampling(start.sampling, limits.info.vocab_size, num_delivered),
     )
-    return CheckedStart(request, peer, start.traceparent, start.deadline_ms / 1000 if start.deadline_ms else None)
+    deadline_s = start.deadline_ms / 1000 if start.deadline_ms else None
+    return CheckedStart(request, peer, start.traceparent, deadline_s, _fetch_hint(start, work))
 
 
 def check_sampling(sampling: pb.Sampling, vocab_size: int, num_delivered: int) -> SamplingParams:
@@ -142,6 +144,14 @@ def _work(start: pb.Start, limits: StartLimits) -> tuple[Work, PeerRef | None]:
     _require(bool(prefill.prefill_incarnation), "decode_from.prefill_incarnation", "is missing")
     _require(bool(prefill.prefill_address), "decode_from.prefill_address", "is missing")
     return work, PeerRef(prefill.prefill_instance_id, prefill.prefill_incarnation, prefill.prefill_address)
+
+
+def _fetch_hint(start: pb.Start, work: Work) -> FetchHint | None:
+    if not start.HasField("fetch_from") or work is Work.DECODE_ONLY:
+        return None
+    source = start.fetch_from
+    _require(bool(source.incarnation), "fetch_from.incarnation", "is missing")
+    return FetchHint(PeerRef(source.instance_id, source.incarnation, source.address), source.num_tokens)
 
 
 def _token_ids(start: pb.Start, limits: StartLimits, work: Work) -> "array[int]":

@@ -11,7 +11,7 @@ from baton_engine.api import EndReason, EngineBeat, EngineInfo, EngineRequest, E
 from baton_engine.blocks import BlockManager
 from baton_engine.pool import BlockLayout, KvPool
 from baton_handoff.ids import EndReason as HandoffEndReason
-from baton_handoff.ids import HandoffComplete, HandoffEnd, PeerRef
+from baton_handoff.ids import FetchEnd, FetchHint, FetchOutcome, HandoffComplete, HandoffEnd, PeerRef
 from baton_runtime.errors import BatonError
 
 from baton_worker.frontends import Frontends
@@ -174,6 +174,7 @@ class HeldHandoff:
     peer: PeerRef
     on_complete: Callable[[HandoffComplete], None] | None
     on_end: Callable[[HandoffEnd], None]
+    fetch_from: FetchHint | None = None
 
 
 class FakeHandoffs:
@@ -186,6 +187,7 @@ class FakeHandoffs:
     def __init__(self, *, ends_cancelled: bool = True) -> None:
         self.refuse: BatonError | None = None
         self.held: dict[SequenceKey, HeldHandoff] = {}
+        self.fetches: dict[SequenceKey, tuple[FetchHint, Callable[[FetchEnd], None]]] = {}
         self.cancelled: list[tuple[str, int, str]] = []
         self.num_outputs = 0
         self.fenced: list[str] = []
@@ -193,8 +195,18 @@ class FakeHandoffs:
         self.num_held_blocks = 0
         self._ends_cancelled = ends_cancelled
 
-    def start_prefill(self, request: EngineRequest, decode: PeerRef, traceparent: str, on_end: Callable[[HandoffEnd], None]) -> None:
-        self._start(HeldHandoff(request, decode, None, on_end))
+    def start_prefill(
+        self,
+        request: EngineRequest,
+        decode: PeerRef,
+        traceparent: str,
+        on_end: Callable[[HandoffEnd], None],
+        fetch_from: FetchHint | None = None,
+    ) -> None:
+        self._start(HeldHandoff(request, decode, None, on_end, fetch_from))
+
+    def start_fetch(self, request: EngineRequest, hint: FetchHint, traceparent: str, on_end: Callable[[FetchEnd], None]) -> None:
+        self.fetches[request.key] = (hint, on_end)
 
     def start_decode(
         self,
@@ -210,6 +222,8 @@ class FakeHandoffs:
         self.cancelled.append((request_id, attempt, reason))
         if self._ends_cancelled and (held := self.held.pop(SequenceKey(request_id, attempt), None)) is not None:
             held.on_end(HandoffEnd(HandoffEndReason.CANCELLED))
+        if self._ends_cancelled and (fetch := self.fetches.pop(SequenceKey(request_id, attempt), None)) is not None:
+            fetch[1](FetchEnd(FetchOutcome.CANCELLED))
 
     def on_output(self, output: StepOutput) -> None:
         self.num_outputs += 1
@@ -221,7 +235,7 @@ class FakeHandoffs:
         self.is_draining = True
 
     def live_handoffs(self) -> int:
-        return len(self.held)
+        return len(self.held) + len(self.fetches)
 
     def stranded_bytes(self) -> int:
         return 0
@@ -230,13 +244,17 @@ class FakeHandoffs:
         return len(self.held)
 
     def safe_to_stop(self) -> bool:
-        return not self.held and not self.num_held_blocks
+        return not self.held and not self.fetches and not self.num_held_blocks
 
     def complete(self, key: SequenceKey, cached_tokens: int = 0, handoff_bytes: int = 0) -> None:
         """The KV is here."""
         held = self.held.pop(key)
         assert held.on_complete is not None
         held.on_complete(HandoffComplete(cached_tokens, handoff_bytes))
+
+    def end_fetch(self, key: SequenceKey, end: FetchEnd) -> None:
+        """The fetch is over."""
+        self.fetches.pop(key)[1](end)
 
     def end(self, key: SequenceKey, end: HandoffEnd) -> None:
         """The handoff is over."""

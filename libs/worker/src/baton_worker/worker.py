@@ -80,7 +80,10 @@ class Worker(Service, abc.ABC):
             telemetry=telemetry,
             registry=metrics.registry,
             config=HandoffConfig(
-                look_ahead_tokens=2 * config.max_chunk_tokens, max_queued=config.max_waiting, max_tickets=config.max_waiting
+                look_ahead_tokens=2 * config.max_chunk_tokens,
+                max_queued=config.max_waiting,
+                max_tickets=config.max_waiting,
+                fetch_min_tokens=config.fetch_min_tokens,
             ),
             view=discovery.view(ServiceKind.SERVICE_KVTRANSFER),
         )
