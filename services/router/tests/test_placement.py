@@ -219,3 +219,72 @@ def test_only_workers_that_may_get_work_count_as_open() -> None:
     assert house.fleet.num_open(house.now) == 2
     prefill.heard_at = house.now - 1.1
     assert house.fleet.num_open(house.now) == 1
+
+
+def test_resume_without_prefill_fetches_the_surviving_prefix_from_another_decode() -> None:
+    """The holder is too busy to go on itself: its cache still serves."""
+    house = House()
+    holder = house.add("d0", discovery.SERVICE_DECODE, waiting_prefill_tokens=100_000)
+    house.add("d1", discovery.SERVICE_DECODE)
+    house.index.store(holder.bit, hashes(960))
+    placement = house.ask(num_tokens=1000, attempt=2, chain=hashes(1000)).placement
+    assert placement.decode.instance_id == "d1"
+    assert (placement.fetch_from.instance_id, placement.fetch_from.cached_tokens) == ("d0", 960)
+    assert placement.predicted_prefill_us == 40 * 50
+    assert placement.predicted_fetch_us == 5000 + 960 * 1024 / 2e9 * 1e6 // 1
+
+
+def test_prefill_is_told_who_has_more_of_the_prefix_than_itself_and_decode() -> None:
+    house = House()
+    house.pair()
+    other = house.add("p1", discovery.SERVICE_PREFILL, waiting_prefill_tokens=100_000)
+    house.index.store(other.bit, hashes(960))
+    placement = house.ask(num_tokens=1000, chain=hashes(1000)).placement
+    assert (placement.prefill.instance_id, placement.fetch_from.instance_id) == ("p0", "p1")
+    assert placement.predicted_prefill_us == 39 * 50
+
+
+def test_what_decode_of_the_pair_has_is_counted_and_needs_no_hint() -> None:
+    house = House()
+    _, decode = house.pair()
+    house.index.store(decode.bit, hashes(960))
+    placement = house.ask(num_tokens=2000, chain=hashes(2000)).placement
+    assert placement.prefill.instance_id == "p0"
+    assert not placement.HasField("fetch_from")
+    assert placement.predicted_fetch_us > 0
+    assert placement.predicted_prefill_us == (1999 - 960) * 50
+
+
+@pytest.mark.parametrize(
+    ("num_cached", "settings"),
+    [(64, {}), (960, {"fetch_min_tokens": 0}), (960, {"default_link_bytes_per_s": 1e6})],
+    ids=["too few", "switched off", "slow link"],
+)
+def test_fetch_that_is_not_worth_it_is_not_proposed(num_cached: int, settings: dict) -> None:
+    house = House(**settings)
+    holder = house.add("d0", discovery.SERVICE_DECODE, waiting_prefill_tokens=100_000)
+    house.add("d1", discovery.SERVICE_DECODE)
+    house.index.store(holder.bit, hashes(num_cached))
+    placement = house.ask(num_tokens=1000, attempt=2, chain=hashes(1000)).placement
+    assert placement.decode.instance_id == "d1"
+    assert not placement.HasField("fetch_from")
+    assert (placement.predicted_fetch_us, placement.predicted_prefill_us) == (0, 1000 * 50)
+
+
+def test_excluded_and_fenced_instances_are_not_fetched_from() -> None:
+    house = House()
+    holder = house.add("d0", discovery.SERVICE_DECODE, waiting_prefill_tokens=100_000)
+    house.add("d1", discovery.SERVICE_DECODE)
+    house.index.store(holder.bit, hashes(960))
+    asked = {"num_tokens": 1000, "attempt": 2, "chain": hashes(1000)}
+    assert not house.ask(**asked, excluded_incarnations=["inc-d0"]).placement.HasField("fetch_from")
+    house.fleet.fence(["inc-d0"], house.now)
+    assert not house.ask(**asked).placement.HasField("fetch_from")
+
+
+def test_blocks_of_another_size_are_not_fetched() -> None:
+    house = House()
+    holder = house.add("d0", discovery.SERVICE_DECODE, block_tokens=2 * BLOCK, waiting_prefill_tokens=100_000)
+    house.add("d1", discovery.SERVICE_DECODE)
+    house.index.store(holder.bit, hashes(960)[1::2])
+    assert not house.ask(num_tokens=1000, attempt=2, chain=hashes(1000)).placement.HasField("fetch_from")

@@ -64,7 +64,10 @@ def start_message(
         cache_root=cache_root,
         sampling=sampling,
     )
-    prefill = placement.prefill
+    prefill, source = placement.prefill, placement.fetch_from
+    if source is not None and (prefill is None or role is Role.PREFILL):
+        start.fetch_from.instance_id, start.fetch_from.incarnation = source.instance_id, source.incarnation
+        start.fetch_from.address, start.fetch_from.num_tokens = source.address, source.cached_tokens
     if prefill is None:
         start.whole.SetInParent()
     elif role is Role.PREFILL:
@@ -111,6 +114,8 @@ def placement_of(answer: router_pb2.Placement) -> Placement:
         predicted_queue_us=answer.predicted_queue_us,
         predicted_prefill_us=answer.predicted_prefill_us,
         predicted_transfer_us=answer.predicted_transfer_us,
+        fetch_from=_target(answer.fetch_from) if answer.HasField("fetch_from") else None,
+        predicted_fetch_us=answer.predicted_fetch_us,
     )
 
 

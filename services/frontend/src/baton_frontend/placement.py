@@ -32,6 +32,8 @@ class Placement:
     predicted_queue_us: int = 0
     predicted_prefill_us: int = 0
     predicted_transfer_us: int = 0
+    fetch_from: Target | None = None  # where the one that prefills may fetch leading blocks; a hint
+    predicted_fetch_us: int = 0
 
     def target(self, role: Role) -> Target | None:
         """The worker that has this role."""

@@ -1,8 +1,9 @@
 """Where a request should run: a pair, or decode alone. Plain decisions in predicted time, no I/O.
 
-predicted time to first token = queue + uncached tokens x measured prefill speed + exposed transfer + decode's step. Only
+predicted time to first token = queue + fetch + uncached tokens x measured prefill speed + exposed transfer + decode's step. Only
 the last chunk's bytes are exposed (the rest moves while prefill computes), but every byte has a price, so that a decode
-instance that has the prefix wins over one that has not.
+instance that has the prefix wins over one that has not. Where another instance has more of the prefix than the one that prefills,
+fetching the difference is taken instead of computing it if that is sooner (libs/handoff, fetch_policy.py, has the same rule).
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,17 @@ from baton_router.index import BlockIndex
 
 HASH_BYTES = 16
 RETRY_AFTER_MS = 500
+# Question, answer and confirm of a fetch, beside its bytes; as in fetch_policy.py.
+FETCH_OVERHEAD_US = 5000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Leading tokens that the prefilling instance would fetch up to, from where, and how long it would take."""
+
+    source: Worker
+    end_tokens: int
+    fetch_us: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +43,22 @@ class Option:
     decode_us: float
     decode_cached_tokens: int
     prefill_cached_tokens: int
+    fetch: Fetch | None = None
+
+    @property
+    def fetch_us(self) -> float:
+        """Predicted time of the fetch; 0 if there is none."""
+        return self.fetch.fetch_us if self.fetch is not None else 0.0
 
     @property
     def total_us(self) -> float:
         """Predicted time to the first token."""
-        return self.queue_us + self.prefill_us + self.transfer_us + self.decode_us
+        return self.queue_us + self.fetch_us + self.prefill_us + self.transfer_us + self.decode_us
+
+    @property
+    def not_computed_tokens(self) -> int:
+        """Leading tokens the prefilling instance does not compute."""
+        return self.fetch.end_tokens if self.fetch is not None else self.prefill_cached_tokens
 
 
 class Placer:
@@ -56,13 +79,13 @@ class Placer:
             return _refused(query, "TOO_LONG", f"{query.num_tokens} tokens; the model takes {longest}")
         usable = [w for w in serving if w.is_open(now) and w.incarnation not in query.excluded_incarnations]
         roomy = [w for w in usable if w.num_waiting < self._config.max_waiting_sequences]
-        options = self._options(query, roomy, now)
+        options = self._options(query, usable, roomy, now)
         if not options:
             return self._nothing(query, usable, roomy)
         best = self._best(query, options)
         best.decode.placed(placement_id, 0 if best.prefill else query.num_tokens, now)
         if best.prefill:
-            best.prefill.placed(placement_id, query.num_tokens - 1 - best.prefill_cached_tokens, now)
+            best.prefill.placed(placement_id, query.num_tokens - 1 - best.not_computed_tokens, now)
         return pb.Answer(query_id=query.query_id, placement=_placement(best))
 
     def ended(self, placement_id: int) -> None:
@@ -70,15 +93,17 @@ class Placer:
         for known in self._fleet.workers.values():
             known.ended(placement_id)
 
-    def _options(self, query: pb.Query, workers: Sequence[Worker], now: float) -> list[Option]:
-        cached = self._cached_tokens(query, workers)
+    def _options(self, query: pb.Query, usable: Sequence[Worker], workers: Sequence[Worker], now: float) -> list[Option]:
+        """workers: of the usable ones those that may get the request; the others may still be fetched from."""
+        cached = self._cached_tokens(query, usable)
+        holders = sorted(usable, key=lambda w: cached[w.incarnation], reverse=True)
         alone = [w for w in workers if w.can(discovery.CAPABILITY_WHOLE)]
         sinks = [w for w in workers if w.can(discovery.CAPABILITY_DECODE_FROM)]
         sources = [w for w in workers if w.can(discovery.CAPABILITY_PREFILL_FOR)]
-        options = [self._alone(query, w, cached) for w in alone]
+        options = [self._alone(query, w, cached, holders) for w in alone]
         if query.num_tokens > 1:  # one token: there is no KV to hand over
             options += [
-                self._pair(query, source, sink, cached)
+                self._pair(query, source, sink, cached, holders)
                 for source in sources
                 for sink in sinks
                 if self._fleet.can_exchange(source, sink) and not self._fleet.is_barred(source.incarnation, sink.incarnation, now)
@@ -99,18 +124,39 @@ class Placer:
             tokens_of_bit |= {bit: min(links * block_tokens, query.num_tokens - 1) for bit, links in found.items()}
         return {w.incarnation: tokens_of_bit.get(w.bit, 0) for w in workers}
 
-    def _alone(self, query: pb.Query, w: Worker, cached: dict[str, int]) -> Option:
-        have = cached[w.incarnation]
-        prefill_us = w.speed.predict_us(query.num_tokens - have)
-        return Option(w, None, w.queue_us(), prefill_us, 0.0, _decode_us(w), have, have)
+    def _fetch(self, w: Worker, num_tokens: int, cached: dict[str, int], holders: Sequence[Worker]) -> Fetch | None:
+        """What w should fetch of num_tokens to prefill: from who has most of it, if that is sooner than computing it."""
+        own = cached[w.incarnation]
+        for holder in holders:
+            end = min(cached[holder.incarnation], num_tokens)
+            if not 0 < self._config.fetch_min_tokens <= end - own:
+                return None  # nor has any further one
+            if holder is w or holder.kv_kind != w.kv_kind:
+                continue
+            layout = w.record.layout
+            fetch_us = FETCH_OVERHEAD_US + self._move_us((end - own) * layout.block_bytes / max(1, layout.block_tokens))
+            saved_us = w.speed.predict_us(num_tokens - own) - w.speed.predict_us(num_tokens - end)
+            return Fetch(holder, end, fetch_us) if fetch_us < saved_us else None
+        return None
 
-    def _pair(self, query: pb.Query, source: Worker, sink: Worker, cached: dict[str, int]) -> Option:
+    def _move_us(self, num_bytes: float) -> float:
+        return num_bytes / self._config.default_link_bytes_per_s * 1e6
+
+    def _alone(self, query: pb.Query, w: Worker, cached: dict[str, int], holders: Sequence[Worker]) -> Option:
+        have = cached[w.incarnation]
+        fetch = self._fetch(w, query.num_tokens, cached, holders)
+        prefill_us = w.speed.predict_us(query.num_tokens - (fetch.end_tokens if fetch else have))
+        return Option(w, None, w.queue_us(), prefill_us, 0.0, _decode_us(w), have, have, fetch)
+
+    def _pair(self, query: pb.Query, source: Worker, sink: Worker, cached: dict[str, int], holders: Sequence[Worker]) -> Option:
         at_source, at_sink = cached[source.incarnation], cached[sink.incarnation]
         layout = source.record.layout
-        to_move = (query.num_tokens - 1 - at_sink) * layout.block_bytes / max(1, layout.block_tokens)
-        transfer_us = to_move / self._config.default_link_bytes_per_s * 1e6
-        prefill_us = source.speed.predict_us(query.num_tokens - 1 - at_source)
-        return Option(sink, source, source.queue_us(), prefill_us, transfer_us, _decode_us(sink), at_sink, at_source)
+        transfer_us = self._move_us((query.num_tokens - 1 - at_sink) * layout.block_bytes / max(1, layout.block_tokens))
+        best_at = cached[holders[0].incarnation]
+        # What the sink has is pinned there from the beginning: better than as much elsewhere.
+        fetch = self._fetch(source, query.num_tokens - 1, cached, [sink] if at_sink >= best_at else holders)
+        prefill_us = source.speed.predict_us(query.num_tokens - 1 - (fetch.end_tokens if fetch else at_source))
+        return Option(sink, source, source.queue_us(), prefill_us, transfer_us, _decode_us(sink), at_sink, at_source, fetch)
 
     def _best(self, query: pb.Query, options: list[Option]) -> Option:
         """New requests keep decode free of prefill unless next to nothing is to be computed; a resume takes what is soonest."""
@@ -140,12 +186,16 @@ def _target(w: Worker, cached_tokens: int) -> pb.Target:
 
 
 def _placement(option: Option) -> pb.Placement:
+    fetch = option.fetch
+    is_hint = fetch is not None and (option.prefill is None or fetch.source is not option.decode)
     return pb.Placement(
         decode=_target(option.decode, option.decode_cached_tokens),
         prefill=_target(option.prefill, option.prefill_cached_tokens) if option.prefill else None,
         predicted_queue_us=int(option.queue_us),
         predicted_prefill_us=int(option.prefill_us),
         predicted_transfer_us=int(option.transfer_us),
+        predicted_fetch_us=int(option.fetch_us),
+        fetch_from=_target(fetch.source, fetch.end_tokens) if fetch is not None and is_hint else None,
     )
 
 

@@ -93,3 +93,5 @@ def _describe(span: Span, query: pb.Query, answer: pb.Answer) -> None:
     span.set_attribute(semconv.BATON_PREDICTED_QUEUE_US, placement.predicted_queue_us)
     span.set_attribute(semconv.BATON_PREDICTED_PREFILL_US, placement.predicted_prefill_us)
     span.set_attribute(semconv.BATON_PREDICTED_TRANSFER_US, placement.predicted_transfer_us)
+    span.set_attribute(semconv.BATON_PREDICTED_FETCH_US, placement.predicted_fetch_us)
+    span.set_attribute(semconv.BATON_FETCH_INSTANCE_ID, placement.fetch_from.instance_id)
