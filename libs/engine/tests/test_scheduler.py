@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 from baton_engine.api import EndReason, Priority, SequenceKey
+from baton_engine.blocks import CacheFull, Turn
 from baton_engine.scheduler import SchedulerLimits
 from baton_engine.virtual import SMALL, VirtualEngine, request_of, tokens_of, virtual_engine
 from hypothesis import given, settings
@@ -134,6 +135,81 @@ def test_full_batch_of_decoding_sequences_does_not_starve_a_prompt():
     for _ in range(3):
         bench.step()
     assert bench.end("b").reason is EndReason.LENGTH
+
+
+def ticket(bench: VirtualEngine, name: str, num_blocks: int, rank: float) -> bool:
+    """What a sink asks for, beside the engine."""
+    try:
+        bench.blocks.reserve(name, [], num_blocks, turn=Turn(rank, bench.clock.now))
+    except CacheFull:
+        return False
+    return True
+
+
+def test_large_prompt_is_not_starved_by_tickets_that_fit_beside_what_runs():
+    """Every 100 ms a ticket of 4 blocks comes and one ends: without a line the 20 blocks of the prompt were never free at once."""
+    bench = virtual_engine(24, "instant")
+    held = [f"t{number}" for number in range(5)]
+    assert all(ticket(bench, name, 4, bench.clock.now) for name in held)
+    bench.engine.add(request_of("large", tokens_of(76), max_tokens=1))
+    began = bench.clock.now
+    for number in range(5, 100):
+        if bench.engine.has_work():
+            bench.step()
+        if bench.blocks.has_table(SequenceKey("large", 1)):
+            break
+        bench.clock.sleep(0.1)
+        if held:
+            bench.blocks.release(held.pop(0))
+        if ticket(bench, f"t{number}", 4, bench.clock.now):
+            held.append(f"t{number}")
+    assert bench.clock.now - began < 1.0 + 0.7  # patience, then one life of all that ran
+    bench.run()
+    assert bench.end("large").reason is EndReason.LENGTH
+
+
+def test_prompt_behind_a_ticket_waits_for_it_and_goes_on_when_it_is_gone():
+    bench = virtual_engine(8)
+    ticket(bench, "runs", 4, 0.0)
+    for _ in range(2):
+        assert not ticket(bench, "first", 6, 1.0)
+        bench.clock.sleep(1.1)
+    assert not ticket(bench, "first", 6, 1.0)
+    bench.engine.add(request_of("small", tokens_of(4), max_tokens=1))
+    bench.step()
+    assert not bench.engine.has_work()
+    bench.blocks.expire_waiting(bench.clock.now + 1.1)  # it is offered no more
+    bench.run()
+    assert bench.end("small").reason is EndReason.LENGTH
+
+
+def test_paused_prompt_keeps_nobody_from_blocks():
+    bench = virtual_engine(8)
+    ticket(bench, "runs", 4, 0.0)
+    bench.engine.add(request_of("large", tokens_of(24), max_tokens=1))
+    bench.step()
+    bench.clock.sleep(1.1)
+    assert not ticket(bench, "small", 1, bench.clock.now)
+    bench.engine.pause(SequenceKey("large", 1))
+    assert ticket(bench, "small", 1, bench.clock.now)
+
+
+def test_prompt_whose_room_is_kept_is_asked_before_one_of_a_smaller_rank(tmp_path):
+    """A later short prompt is first by rank; asked first it would wait for room beside the long one, and hold that up as well."""
+    (tmp_path / "slow.toml").write_text("[prefill_ms]\nper_token = 100.0\n[decode_ms]\nconstant = 1.0\n")
+    bench = virtual_engine(16, str(tmp_path / "slow.toml"))
+    ticket(bench, "runs", 4, 0.0)
+    bench.engine.add(request_of("large", tokens_of(64), max_tokens=1))
+    bench.step()
+    bench.clock.sleep(1.1)
+    bench.engine.add(request_of("short", tokens_of(1, 1), max_tokens=1))
+    bench.step()
+    assert not bench.blocks.has_table(SequenceKey("short", 1))
+    bench.blocks.release("runs")
+    bench.step()
+    assert bench.blocks.has_table(SequenceKey("large", 1))
+    bench.run()
+    assert bench.end("short").reason is EndReason.LENGTH
 
 
 @settings(max_examples=60, deadline=None)

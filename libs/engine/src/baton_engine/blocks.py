@@ -23,8 +23,9 @@ from typing import NamedTuple
 
 from baton_engine.errors import CacheFull, IntegrityError
 from baton_engine.integrity import Ledger, find_problems
+from baton_engine.waiting_room import Turn, WaitingRoom
 
-__all__ = ["BlockCounts", "BlockManager", "CacheEvents", "CacheFull", "IntegrityError", "TablePrefix"]
+__all__ = ["BlockCounts", "BlockManager", "CacheEvents", "CacheFull", "IntegrityError", "TablePrefix", "Turn"]
 
 GROWTH_SHARE = 0.05  # of all blocks, kept free for growth when admitting (design.md, section 4, decode)
 
@@ -100,6 +101,7 @@ class BlockManager:
         self._pins: dict[Hashable, _Pins] = {}
         self._reserved = 0
         self._pinned = 0  # blocks in state pinned
+        self._room = WaitingRoom()
         self._stored: dict[bytes, None] = {}  # ordered sets; net change since the last drain, so at most two per block
         self._removed: dict[bytes, None] = {}
         self._listeners: list[Callable[[], None]] = []
@@ -134,21 +136,47 @@ class BlockManager:
         with self._lock:
             return num_blocks <= len(self._free) + len(self._cached)
 
-    def acquire(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, *, keep_free: int = 0) -> int:
+    def acquire(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, *, keep_free: int = 0, turn: Turn | None = None) -> int:
         """Give owner a table of num_blocks blocks, state used: the cached prefix of hashes (at most num_blocks), then fresh
         ones, zeroed lazily by the engine. All or nothing. Returns the number of leading blocks from the cache.
 
-        keep_free blocks must stay free or evictable afterwards; waived while nobody holds anything, so that what fits
-        alone can run alone.
+        keep_free blocks must stay free or evictable afterwards; waived while nobody holds anything, so that what fits alone can
+        run alone, and for the one who goes first. turn: who is refused waits in line; None: it does not, and goes last.
         Raises: CacheFull, nothing taken; ValueError if owner has a table or pins.
         """
-        with self._lock:
-            return self._take(owner, hashes, num_blocks, keep_free, reserved=False)
+        return self._take(owner, hashes, num_blocks, keep_free, turn, reserved=False)
 
-    def reserve(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, *, keep_free: int = 0) -> int:
+    def reserve(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, *, keep_free: int = 0, turn: Turn | None = None) -> int:
         """As acquire, but fresh blocks are reserved until commit; the shared prefix counts as used."""
+        return self._take(owner, hashes, num_blocks, keep_free, turn, reserved=True)
+
+    def promise(self, owner: Hashable, num_blocks: int, turn: Turn) -> None:
+        """Count num_blocks as taken, until owner acquires or reserves them (that many cannot fail then) or withdraws. Idempotent.
+
+        Raises: CacheFull, nothing promised; owner waits in line.
+        """
         with self._lock:
-            return self._take(owner, hashes, num_blocks, keep_free, reserved=True)
+            if not self._room.has_promise(owner):
+                self._admit(owner, num_blocks, 0, 0, turn)
+                self._room.leave(owner)
+                self._room.promise(owner, num_blocks)
+
+    def withdraw(self, owner: Hashable) -> None:
+        """Owner waits in line no longer, and needs no promise. Idempotent."""
+        with self._lock:
+            has_left = self._room.leave(owner)
+        self._tell(has_left)
+
+    def expire_waiting(self, now: float) -> None:
+        """Those who ask again and again, and have stopped to, are in line no longer. now: time.monotonic()."""
+        with self._lock:
+            has_left = self._room.expire(now)
+        self._tell(has_left)
+
+    def first_in_line(self) -> Hashable | None:
+        """Whose room is kept from all who come after it; None: nobody's."""
+        with self._lock:
+            return self._room.first()
 
     def commit(self, owner: Hashable, end_block: int, hashes: Sequence[bytes]) -> None:
         """Blocks [.., end_block) of owner's table are confirmed: reserved -> used; full ones published under hashes
@@ -169,7 +197,7 @@ class BlockManager:
                     self._publish(table, index, hashes[index])
 
     def grow(self, owner: Hashable, num_blocks: int = 1) -> Sequence[int]:
-        """Append fresh used blocks to owner's table; their ids.
+        """Append fresh used blocks to owner's table; their ids. Goes before everybody in line, but takes nothing that is promised.
 
         Raises: CacheFull, nothing taken; KeyError; ValueError while blocks of the table are reserved.
         """
@@ -177,7 +205,9 @@ class BlockManager:
             table = self._tables[owner]
             if table.committed != len(table.blocks):
                 raise ValueError("a table grows after everything reserved is committed")
-            self._require(num_blocks, len(self._free) + len(self._cached))
+            available = len(self._free) + len(self._cached) - self._room.promised
+            if num_blocks > available:
+                raise CacheFull(num_blocks, max(0, available))
             fresh = [self._take_fresh() for _ in range(num_blocks)]
             table.blocks += fresh
             table.committed = len(table.blocks)
@@ -369,6 +399,7 @@ class BlockManager:
             pins=[list(pins.blocks.values()) for pins in self._pins.values()],
             num_reserved=self._reserved,
             num_pinned=self._pinned,
+            num_promised=self._room.promised,
         )
 
     def _drain(self) -> CacheEvents:
@@ -377,22 +408,39 @@ class BlockManager:
         self._removed.clear()
         return events
 
-    def _take(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, keep_free: int, *, reserved: bool) -> int:
-        if owner in self._tables or owner in self._pins:
-            raise ValueError(f"{owner} has a table or pins already")
-        shared = self._matching(hashes[:num_blocks])
-        num_fresh = num_blocks - len(shared)
-        evictable_shared = sum(1 for block in shared if block in self._cached)
-        if not self._tables and not self._pins:
+    def _take(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, keep_free: int, turn: Turn | None, *, reserved: bool) -> int:
+        """Called without the lock."""
+        with self._lock:
+            if owner in self._tables or owner in self._pins:
+                raise ValueError(f"{owner} has a table or pins already")
+            shared = self._matching(hashes[:num_blocks])
+            num_evictable = sum(1 for block in shared if block in self._cached)
+            self._admit(owner, num_blocks - len(shared), num_evictable, keep_free, turn)
+            self._make_table(owner, hashes, shared, num_blocks, reserved=reserved)
+            has_left = self._room.leave(owner)
+        self._tell(has_left)  # who was behind it in line may have room now
+        return len(shared)
+
+    def _admit(self, owner: Hashable, num_fresh: int, num_evictable: int, keep_free: int, turn: Turn | None) -> None:
+        """Whether owner may take num_fresh blocks, and num_evictable ones out of the cache, now. Raises: CacheFull."""
+        room = self._room
+        kept = room.kept_from(owner, turn) + room.promised_to_others(owner)
+        if not num_fresh or (not self._tables and not self._pins) or room.first() == owner:
             keep_free = 0
-        self._require(num_fresh, len(self._free) + len(self._cached) - evictable_shared, keep_free)
+        available = len(self._free) + len(self._cached) - kept - keep_free
+        num_wanted = num_fresh + num_evictable
+        if num_wanted > available and num_wanted:
+            if turn is not None:
+                room.refuse(owner, turn, num_wanted)
+            raise CacheFull(num_fresh, max(0, available - num_evictable))
+
+    def _make_table(self, owner: Hashable, hashes: Sequence[bytes], shared: list[int], num_blocks: int, *, reserved: bool) -> None:
         for block in shared:  # before any eviction, which must not take these
             self._add_ref(block)
-        fresh = [self._take_fresh() for _ in range(num_fresh)]
+        fresh = [self._take_fresh() for _ in range(num_blocks - len(shared))]
         committed = len(shared) if reserved else num_blocks
         self._reserved += num_blocks - committed
         self._tables[owner] = _Table([*shared, *fresh], committed, len(shared), len(shared), list(hashes[: len(shared)]))
-        return len(shared)
 
     def _drop_table(self, owner: Hashable, table: _Table) -> None:
         self._reserved -= len(table.blocks) - table.committed
@@ -416,11 +464,6 @@ class BlockManager:
                 break
             blocks.append(block)
         return blocks
-
-    @staticmethod
-    def _require(num_blocks: int, available: int, keep_free: int = 0) -> None:
-        if num_blocks and num_blocks + keep_free > available:
-            raise CacheFull(num_blocks, max(0, available - keep_free))
 
     def _take_fresh(self) -> int:
         """A block with one reference and no content; evicts if none is free. The caller made sure that there is one."""
@@ -506,10 +549,10 @@ class BlockManager:
         free, cached, pinned, reserved = len(self._free), len(self._cached), self._pinned, self._reserved
         return BlockCounts(self._total, free, cached, pinned, reserved, self._total - free - cached - pinned - reserved)
 
-    def _tell(self, freed: bool, let_go: Callable[[], None] | None) -> None:
-        """Called without the lock."""
+    def _tell(self, available: bool, let_go: Callable[[], None] | None = None) -> None:
+        """Called without the lock. available: blocks may be available to somebody to whom they were not."""
         if let_go is not None:
             let_go()
-        if freed:
+        if available:
             for callback in self._listeners:
                 callback()

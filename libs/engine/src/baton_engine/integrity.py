@@ -25,6 +25,7 @@ class Ledger:
     pins: Sequence[Sequence[int]]
     num_reserved: int
     num_pinned: int
+    num_promised: int
 
 
 def find_problems(ledger: Ledger) -> list[str]:
@@ -104,6 +105,8 @@ def _wrong_sums(ledger: Ledger, refs: Counter[int], pins: Counter[int], reserved
         yield f"{pinned} blocks are pinned but {ledger.num_pinned} counted"
     if len(reserved) != ledger.num_reserved:
         yield f"{len(reserved)} blocks are reserved but {ledger.num_reserved} counted"
+    if ledger.num_promised > free + cached:
+        yield f"{ledger.num_promised} blocks are promised but only {free + cached} available"
     if (total := free + cached + pinned + len(reserved) + used) != ledger.total:
         parts = f"free {free} + cached {cached} + pinned {pinned} + reserved {len(reserved)} + used {used}"
         yield f"{parts} = {total}, not {ledger.total}"

@@ -58,7 +58,7 @@ class PagedEngine:
             raise InvalidArgument("limits.block_tokens", f"{limits.block_tokens} is not the pool's {self._block_tokens}")
         self._runner = runner
         self._clock = clock
-        self._scheduler = Scheduler(self.blocks, limits, runner.predict_s)
+        self._scheduler = Scheduler(self.blocks, limits, runner.predict_s, clock)
         self._plan = Plan()
         self._output = StepOutput(step=0)
         self._cancels: set[SequenceKey] = set()

@@ -9,14 +9,15 @@ everything is first at some time: nothing is starved.
 """
 
 import heapq
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 from baton_engine.api import Priority, SequenceKey
-from baton_engine.blocks import BlockManager
+from baton_engine.blocks import BlockManager, Turn
 from baton_engine.errors import CacheFull
 from baton_engine.runner import StepLoad
 from baton_engine.sequence import SequenceState
@@ -57,8 +58,15 @@ class Plan:
 class Scheduler:
     """Continuous batching with chunked prefill. Single-threaded; only the block manager is shared with others."""
 
-    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, predict_s: Callable[[StepLoad], float]) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        limits: SchedulerLimits,
+        predict_s: Callable[[StepLoad], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limits = limits
+        self._clock = clock
         self.running: dict[SequenceKey, SequenceState] = {}
         self.waiting: dict[SequenceKey, SequenceState] = {}
         self._blocks = blocks
@@ -82,12 +90,15 @@ class Scheduler:
     def remove(self, key: SequenceKey) -> None:
         """Forget a sequence; its blocks are the caller's to release."""
         self.running.pop(key, None)
-        self.waiting.pop(key, None)
+        if self.waiting.pop(key, None) is not None:
+            self._blocks.withdraw(key)
         self._blocked_at = -1
 
     def pause(self, state: SequenceState) -> None:
-        """Leave out of steps until resumed; keeps its blocks and its place."""
+        """Leave out of steps until resumed; keeps its blocks and its place, but keeps nobody from blocks."""
         state.paused = True
+        if state.key in self.waiting:
+            self._blocks.withdraw(state.key)
         self._blocked_at = -1
 
     def resume(self, state: SequenceState) -> None:
@@ -128,8 +139,10 @@ class Scheduler:
     def _rank(self, state: SequenceState) -> float:
         full = self.limits.max_chunk_tokens
         token_s = (self._predict_s(StepLoad().plus(0, full)) - self._predict_s(StepLoad())) / full
-        delay_s = self.limits.batch_delay_s if state.request.priority is Priority.BATCH else 0.0
-        return state.arrived_at + delay_s + state.remaining * token_s
+        return state.arrived_at + self._delay_s(state) + state.remaining * token_s
+
+    def _delay_s(self, state: SequenceState) -> float:
+        return self.limits.batch_delay_s if state.request.priority is Priority.BATCH else 0.0
 
     def _push(self, state: SequenceState) -> None:
         heap = self._with_table if state.owns_table else self._without_table
@@ -145,6 +158,14 @@ class Scheduler:
                 return state
             heapq.heappop(heap)
         return None
+
+    def _next_without_table(self) -> SequenceState | None:
+        """Who asks for blocks next: the one whose room is kept in the pool, if it is one of ours, else the first by rank."""
+        first = self._first(self._without_table)
+        if first is None:
+            return None
+        kept = self.waiting.get(cast(SequenceKey, self._blocks.first_in_line()))
+        return first if kept is None or kept.paused or kept.owns_table else kept
 
     def _decoding(self) -> list[SequenceState]:
         states = [state for state in self.running.values() if state.is_decoding and not state.paused]
@@ -209,8 +230,8 @@ class Scheduler:
         """The sequence with the smallest rank that could be given a chunk now."""
         candidates: list[_Ranked] = [started[0]] if started else []
         if has_slot:
-            heaps = [self._with_table] if self._is_blocked() else [self._with_table, self._without_table]
-            candidates += [heap[0] for heap in heaps if self._first(heap)]
+            states = [self._first(self._with_table), None if self._is_blocked() else self._next_without_table()]
+            candidates += [(state.waiting_rank, state.number, state) for state in states if state is not None]
         return min(candidates)[2] if candidates else None
 
     def _is_blocked(self) -> bool:
@@ -232,7 +253,8 @@ class Scheduler:
     def _acquire(self, state: SequenceState) -> None:
         block_tokens = self.limits.block_tokens
         num_blocks = -(-len(state.tokens) // block_tokens)
-        shared = self._blocks.acquire(state.key, state.hashes, num_blocks, keep_free=self._blocks.growth_headroom)
+        turn = Turn(state.arrived_at + self._delay_s(state), self._clock(), stays=True)
+        shared = self._blocks.acquire(state.key, state.hashes, num_blocks, keep_free=self._blocks.growth_headroom, turn=turn)
         state.table = list(self._blocks.table(state.key))
         state.owns_table = True
         state.computed = state.cached_tokens = shared * block_tokens
