@@ -3,8 +3,10 @@ from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
 from baton_handoff.introductions import MAX_SECRETS, Introductions
 
 
-def record(name: str, incarnation: str, num_layers: int = 2, fingerprint: str = "f") -> Instance:
-    return Instance(instance_id=name, incarnation=incarnation, layout=KvLayout(num_layers=num_layers), model=Model(fingerprint=fingerprint))
+def record(name: str, incarnation: str, num_layers: int = 2, fingerprint: str = "f", block_tokens: int = 4) -> Instance:
+    layout = KvLayout(num_layers=num_layers, block_tokens=block_tokens, num_kv_heads=2, head_dim=1, dtype="float32", num_shards=1)
+    layout.block_bytes = num_layers * 2 * block_tokens * 2 * 4
+    return Instance(instance_id=name, incarnation=incarnation, layout=layout, model=Model(fingerprint=fingerprint))
 
 
 def introductions() -> Introductions:
@@ -36,6 +38,25 @@ def test_layouts_are_compared_again_and_both_are_named() -> None:
     assert "layers=2" in refusal
     assert "layers=4" in refusal
     assert not known.knows_secret("x", b"s")
+
+
+def test_other_block_sizes_are_introduced_and_remembered() -> None:
+    known = introductions()
+    known.add(pb.Introduction(peer=record("p", "x", block_tokens=16), pair_secret=b"s"))
+    assert known.knows_secret("x", b"s")
+    layout = known.layout_of("x")
+    assert layout is not None
+    assert layout.block_tokens == 16
+
+
+def test_a_layout_that_contradicts_itself_is_refused_and_unknown() -> None:
+    known = introductions()
+    peer = record("p", "x")
+    peer.layout.num_shards, peer.layout.dtype = 1, "int3"
+    known.add(pb.Introduction(peer=peer, pair_secret=b"s"))
+    assert "dtype" in known.get("x").refusal  # type: ignore[union-attr]
+    assert known.layout_of("x") is None
+    assert known.layout_of("nobody") is None
 
 
 def test_refusal_of_kvtransfer_holds_until_it_is_taken_back() -> None:

@@ -16,14 +16,16 @@ LONG_PROMPTS = [(1, 2, 3, *range(50, 60)), (1, 2, 3, *range(50, 64)), tuple(rang
 LINK = st.integers(0, 3)
 PROCESS = st.integers(0, 3)
 THEN = st.integers(0, 1 << 20)
+BLOCK_TOKENS = [(2, 2), (2, 4), (4, 2), (2, 8), (8, 2)]  # of sources and of sinks
 
 
 class ProtocolMachine(RuleBasedStateMachine):
     """Every rule is an event of the world; the world checks the laws after each."""
 
-    @initialize(sources=st.integers(1, 2), sinks=st.integers(1, 2))
-    def build(self, sources: int, sinks: int) -> None:
-        self.world = World(sources, sinks, num_blocks=6)
+    @initialize(sources=st.integers(1, 2), sinks=st.integers(1, 2), block_tokens=st.sampled_from(BLOCK_TOKENS))
+    def build(self, sources: int, sinks: int, block_tokens: tuple[int, int]) -> None:
+        num_blocks = 6 if max(block_tokens) < 8 else 12  # two requests fit, as told above
+        self.world = World(sources, sinks, num_blocks, block_tokens=block_tokens)
         self.names = list(self.world.processes)
         for sink, source in self.world.links:
             self.world.open_link(sink, source)
@@ -157,8 +159,12 @@ class RandomHistory:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.world = World(self.random.randint(1, 2), self.random.randint(1, 2), num_blocks=self.random.choice([4, 8, 20]))
+        # Half of the histories have blocks of one size, as most fleets do.
+        block_tokens = self.random.choice([(2, 2), self.random.choice(BLOCK_TOKENS)])
+        num_blocks = self.random.choice([4, 8, 20])
+        self.world = World(self.random.randint(1, 2), self.random.randint(1, 2), num_blocks, block_tokens=block_tokens)
         self.prompts = PROMPTS if self.world.num_blocks < 8 else [*PROMPTS, *LONG_PROMPTS]
+        self.waited_s = 0.0
         self.links = list(self.world.links)
         chaos = [self.break_link, self.fence, self.crash, self.stop_or_wake, self.pull_fails, self.duplicate, self.cancel]
         chaos += [self.place_again, self.own_work]
@@ -177,8 +183,19 @@ class RandomHistory:
             elif steps := self.world.enabled(with_frontend=self.random.random() >= self.frontend_delay):
                 self.random.choice(steps)()
             else:
-                self.world.pass_time(0.25)
+                self.pass_time()
         self.world.settle()
+
+    def pass_time(self) -> None:
+        """Nothing is on its way for longer than a tombstone lives."""
+        self.waited_s = self.waited_s + 0.25 if self.world.frontend.pending else 0.0
+        self.world.pass_time(0.25)
+        if self.waited_s > 40.0:
+            for name, process in self.world.processes.items():
+                if process.is_stopped:
+                    self.world.wake(name)
+            while self.world.frontend.pending:
+                self.world.deliver_pending()
 
     def open_requests(self) -> list[str]:
         return [name for name, request in self.world.frontend.requests.items() if not request.is_over]

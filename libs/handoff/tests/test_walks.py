@@ -165,7 +165,7 @@ def test_stopped_reader_never_confirms_what_the_source_has_reused() -> None:
     walk.world.submit("other", (50, 51, 52, 53, 54, 55, 56, 57, 58), Priority.INTERACTIVE)
     other = walk.p.blocks.acquire(SequenceKey("own", 1), [], 4)
     assert other == 0
-    walk.p.memory[:] = [(99,)] * 4  # a sequence of the source's own has overwritten them
+    walk.p.memory[:] = [[(99,)] * 2 for _ in range(4)]  # a sequence of the source's own has overwritten them
     walk.copy()
     walk.see()
     walk.talk()

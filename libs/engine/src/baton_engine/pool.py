@@ -7,6 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
     """Shape of one block: (num_shards, num_layers, 2, block_tokens, num_kv_heads / num_shards, head_dim), C order.
@@ -22,6 +25,8 @@ class BlockLayout:
     num_shards: int = 1
 
     def __post_init__(self) -> None:
+        if self.dtype not in _ITEM_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(_ITEM_BYTES)}")
         if self.num_shards < 1 or self.num_kv_heads % self.num_shards:
             raise ValueError(f"{self.num_kv_heads} KV heads cannot be split over {self.num_shards} shards")
 
@@ -33,7 +38,7 @@ class BlockLayout:
     @property
     def item_bytes(self) -> int:
         """Bytes of one value."""
-        return {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+        return _ITEM_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:

@@ -1,10 +1,11 @@
 """What the books want done. The books decide and change state at once; whoever holds them performs these in order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton_engine.api import EngineRequest, Priority, SequenceKey
 
-from baton_handoff.ids import EventKind, HandoffComplete, HandoffEnd, HandoffKey, Outcome, Side
+from baton_handoff.ids import EventKind, FetchEnd, HandoffComplete, HandoffEnd, HandoffKey, Outcome, PeerRef, Side
 from baton_handoff.messages import Message
 
 
@@ -33,7 +34,8 @@ class CancelEngine:
 
 @dataclass(frozen=True, slots=True)
 class StartPull:
-    """Sink: run one operation, then call `SinkBook.pull_returned` once, when nothing writes to dest_ids any more."""
+    """Sink: run one operation, then call `pull_returned` of the book it came from (SinkBook, or FetchSinkBook for a fetch) once, when
+    nothing writes to dest_ids any more."""
 
     key: HandoffKey
     operation: int
@@ -41,6 +43,34 @@ class StartPull:
     priority: Priority
     source_ids: tuple[int, ...]
     dest_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartFetch:
+    """Source of a handoff: the sink, or the instance the frontend named, has more of the prefix than we. Fetch blocks below
+    num_blocks of the sequence, then call `SourceBook.fetch_ended` once, whatever came of it."""
+
+    key: HandoffKey
+    peer: PeerRef
+    request: EngineRequest
+    hashes: Sequence[bytes]
+    num_blocks: int
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelFetch:
+    """Nobody waits for that fetch any more."""
+
+    key: HandoffKey
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEnded:
+    """A fetch of ours is over; what was confirmed is in the prefix cache. Exactly one comes per fetch that was taken."""
+
+    key: HandoffKey
+    end: FetchEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +97,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """For the books of kvtransfer: an event of this side, with the blocks held after it by the book's own count."""
+    """For the books of kvtransfer: an event of this side, with the blocks held after it by the book's own count.
+
+    held_blocks are our own, confirmed_blocks the source's, of confirmed_block_bytes each; 0: as large as our own.
+    """
 
     key: HandoffKey
     side: Side
@@ -77,6 +110,7 @@ class Report:
     confirmed_blocks: int
     traceparent: str
     outcome: Outcome | None = None
+    confirmed_block_bytes: int = 0
 
 
-Action = Send | StartEngine | CancelEngine | StartPull | Completed | Ended | Report
+Action = Send | StartEngine | CancelEngine | StartPull | Completed | Ended | Report | StartFetch | CancelFetch | FetchEnded

@@ -157,7 +157,7 @@ class BooksClient:
             kind=report.kind.value,  # type: ignore[arg-type]  # same numbers
             peer_incarnation=report.peer_incarnation,
             held_bytes=report.held_blocks * self._block_bytes,
-            confirmed_bytes=report.confirmed_blocks * self._block_bytes,
+            confirmed_bytes=report.confirmed_blocks * (report.confirmed_block_bytes or self._block_bytes),
             traceparent=report.traceparent,
             outcome=report.outcome.value if report.outcome is not None else 0,  # type: ignore[arg-type]  # same numbers
             transport=transport,

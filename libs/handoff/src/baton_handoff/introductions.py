@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
+from baton_engine.pool import BlockLayout
+from baton_runtime.layouts import layout_mismatch, layout_text
 
-from baton_handoff.tag import record_layout_text
+from baton_handoff.tag import layout_from_record
 
 # Introductions are kept as long as the process; a restart of a peer adds one, so only a bound against madness is needed.
 MAX_INTRODUCTIONS = 16_384
@@ -53,6 +55,11 @@ class Introductions:
         """The peer, if it was introduced."""
         return self._known.get(incarnation)
 
+    def layout_of(self, incarnation: str) -> BlockLayout | None:
+        """The peer's layout; None if the pair may not be formed, or is not introduced."""
+        known = self._known.get(incarnation)
+        return layout_from_record(known.peer.layout) if known is not None and not known.refusal else None
+
     def knows_secret(self, incarnation: str, secret: bytes) -> bool:
         """Whether a peer has proven that it is the one that was introduced."""
         known = self._known.get(incarnation)
@@ -66,6 +73,17 @@ def why_incompatible(own: Instance, peer: Instance) -> str:
         ours, theirs = getattr(own.model, name), getattr(peer.model, name)
         if ours != theirs:
             problems.append(f"model {name} {ours} against {theirs}")
-    if own.layout != peer.layout:
-        problems.append(f"layout {record_layout_text(own.layout)} against {record_layout_text(peer.layout)}")
+    if why := layout_problem(own, peer):
+        problems.append(why)
     return f"{own.instance_id} and {peer.instance_id}: {'; '.join(problems)}" if problems else ""
+
+
+def layout_problem(own: Instance, peer: Instance) -> str:
+    """Why blocks of the one cannot be turned into blocks of the other, naming both layouts; "" if they can."""
+    why = layout_mismatch(own.layout, peer.layout)
+    if not why:
+        try:
+            layout_from_record(peer.layout)
+        except ValueError as error:
+            why = str(error)
+    return f"layouts {layout_text(own.layout)} and {layout_text(peer.layout)}: {why}" if why else ""

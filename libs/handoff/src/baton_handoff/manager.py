@@ -23,20 +23,59 @@ from baton_runtime.log import get_logger
 from baton_runtime.telemetry import Telemetry
 from prometheus_client import CollectorRegistry
 
-from baton_handoff.actions import Action, CancelEngine, Completed, Ended, Report, Send, StartEngine, StartPull
+from baton_handoff.actions import (
+    Action,
+    CancelEngine,
+    CancelFetch,
+    Completed,
+    Ended,
+    FetchEnded,
+    Report,
+    Send,
+    StartEngine,
+    StartFetch,
+    StartPull,
+)
 from baton_handoff.audit import Audit, Start
 from baton_handoff.books import BooksClient
 from baton_handoff.config import HandoffConfig
+from baton_handoff.fetches import Fetches, FetchMetrics
 from baton_handoff.handoff_metrics import HandoffMetrics, outcome_of
-from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, HandoffComplete, HandoffEnd, HandoffKey, PeerRef, Side
+from baton_handoff.ids import (
+    ConfirmAnswer,
+    EndReason,
+    EventKind,
+    FailureCause,
+    FetchEnd,
+    FetchHint,
+    FetchOutcome,
+    HandoffComplete,
+    HandoffEnd,
+    HandoffKey,
+    PeerRef,
+    Side,
+)
 from baton_handoff.introductions import Introductions
-from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, Confirm, ConfirmReply, FromSink, FromSource, Message
+from baton_handoff.messages import (
+    Accepted,
+    Announce,
+    Begin,
+    BeginReply,
+    CancelHandoff,
+    Confirm,
+    ConfirmReply,
+    Fetch,
+    FetchReply,
+    FromSink,
+    FromSource,
+    Message,
+)
 from baton_handoff.pair_client import PairClient
 from baton_handoff.peer_watch import FenceReason
 from baton_handoff.peers import Peers
 from baton_handoff.sink import SinkBook
 from baton_handoff.source import SourceBook
-from baton_handoff.spans import HandoffTrace, PullTotals
+from baton_handoff.spans import HandoffTrace
 from baton_handoff.tag import KvShape
 from baton_handoff.transports.base import PullStats, Transport
 
@@ -81,6 +120,7 @@ class HandoffManager:
         self._clock = clock
         self._layout: BlockLayout = engine.pool.layout
         self._metrics = HandoffMetrics(registry)
+        self._fetch_metrics = FetchMetrics(registry)
         self._peers = Peers(self, instance, transports, self._metrics, self._config, clock)
         self.servicer = self._peers.servicer
         block_bytes, times = engine.pool.block_bytes, self._config.times
@@ -116,8 +156,10 @@ class HandoffManager:
         """Ready to take Starts. The record must be complete, the transports open."""
         own = self._own()
         shape = KvShape(own.incarnation, own.model.fingerprint, self._layout, own.model.hash_block_tokens)
-        self._source = SourceBook(self._engine.blocks, shape, self._config)
-        self._sink = SinkBook(self._engine.blocks, shape, self._config)
+        layout_of = self.introductions.layout_of
+        self._fetches = Fetches(self._engine.blocks, shape, self._config, self._peers, self._fetch_metrics, self._tracer)
+        self._source = SourceBook(self._engine.blocks, shape, self._config, layout_of, self._fetches.is_wanted)
+        self._sink = SinkBook(self._engine.blocks, shape, self._config, layout_of)
         self._last_tick = self._clock()
         self._is_open = True
         self.servicer.open()
@@ -139,15 +181,28 @@ class HandoffManager:
 
     # What the worker asks for.
 
-    def start_prefill(self, request: EngineRequest, decode: PeerRef, traceparent: str, on_end: Callable[[HandoffEnd], None]) -> None:
-        """Queue, offer, compute, hand over; then on_end, once (perhaps before this returns). Never raises for the request's sake."""
+    def start_prefill(
+        self,
+        request: EngineRequest,
+        decode: PeerRef,
+        traceparent: str,
+        on_end: Callable[[HandoffEnd], None],
+        fetch_from: FetchHint | None = None,
+    ) -> None:
+        """Queue, offer, compute, hand over; then on_end, once (perhaps before this returns). Never raises for the request's sake.
+
+        fetch_from: who is believed to have more of the prefix than we and decode.
+        """
         if not self._is_open:
             return on_end(_refused(Unavailable("the worker does not serve handoffs now"), decode))
         now = self.notice()
+        known = self.introductions.get(decode.incarnation)
+        if known is not None and known.refusal:
+            return on_end(_not_introduced(decode, known.refusal))
         key = HandoffKey(request.key.request_id, request.key.attempt, decode.incarnation)
         try:
             self._check(request)
-            actions = self._source.start(request, decode, traceparent, now)
+            actions = self._source.start(request, decode, traceparent, now, fetch_from)
         except BatonError as error:
             return on_end(_refused(error, decode))
         self._callers[key, Side.SOURCE] = _Caller(on_end, None, HandoffTrace(traceparent))
@@ -186,6 +241,19 @@ class HandoffManager:
         self._peers.use_source(prefill, now)
         self._perform(actions)
 
+    def start_fetch(self, request: EngineRequest, hint: FetchHint, traceparent: str, on_end: Callable[[FetchEnd], None]) -> None:
+        """Fetch leading blocks of a sequence into our prefix cache, before it is given to the engine; then on_end, once (perhaps before
+        this returns), at the latest after the time that computing them would take. `cancel` ends it early. Never raises.
+        """
+        if not self._is_open:
+            return on_end(FetchEnd(FetchOutcome.NO_SOURCE))
+        now = self.notice()
+        hashes = self._fetches.hashes(request)
+        num_blocks = self._fetches.wanted_blocks(hashes, hint)
+        if not num_blocks:
+            return on_end(FetchEnd(FetchOutcome.NO_SOURCE))
+        self._perform(self._fetches.start(request, hint.peer, hashes, num_blocks, traceparent, on_end, now))
+
     def cancel(self, request_id: str, attempt: int, reason: str) -> None:
         """This attempt and all lower ones are over; one that has not arrived will be STALE for 60 s. reason: UPPER_SNAKE; DEADLINE
         ends with EndReason.DEADLINE, all others with CANCELLED."""
@@ -194,12 +262,14 @@ class HandoffManager:
         now = self.notice()
         self._perform(self._source.cancel(request_id, attempt, reason, now))
         self._perform(self._sink.cancel(request_id, attempt, reason, now))
+        self._perform(self._fetches.sink.cancel(request_id, attempt, reason))
 
     def on_output(self, output: StepOutput) -> None:
         """A step has ended: announce what it computed, unpin what nobody wants any more. To be called first."""
         if not self._is_open:
             return
         now = self.notice()
+        self._fetches.policy.stepped(output.prefill_tokens, output.duration_s)
         for ready in output.ready:
             self._perform(self._source.blocks_ready(ready, now))
         for end in output.ends:
@@ -213,9 +283,11 @@ class HandoffManager:
         level = log.warning if self._peers.clients or self.servicer.peers or self.live_handoffs() else log.debug
         level("fencing_all_peers", reason=why, num_handoffs=self.live_handoffs())
         self._last_tick = self._clock()  # at once: fencing calls back
-        for incarnation in {*self._peers.clients, *(handoff.peer.incarnation for handoff in self._sink.live)}:
+        sources = {*self._peers.clients, *(handoff.peer.incarnation for handoff in self._sink.live), *self._fetches.sources()}
+        for incarnation in sources:
             self._peers.fence_source(incarnation, FailureCause.PEER_FENCED, why, is_news=False)
-        for incarnation in {*self.servicer.peers, *(handoff.peer.incarnation for handoff in self._source.live)}:
+        sinks = {*self.servicer.peers, *(handoff.peer.incarnation for handoff in self._source.live), *self._fetches.sinks()}
+        for incarnation in sinks:
             self._peers.fence_sink(incarnation, why, is_news=False)
 
     def set_draining(self) -> None:
@@ -226,12 +298,13 @@ class HandoffManager:
         now = self.notice()
         self._perform(self._source.set_draining(now))
         self._perform(self._sink.set_draining(now))
+        self._fetches.source.set_draining()
 
     # What may be asked.
 
     def live_handoffs(self) -> int:
-        """Handoffs that are not over, tickets and queued ones included."""
-        return len(self._source.live) + len(self._sink.live) if self._is_open else 0
+        """Handoffs that are not over, tickets and queued ones included, and fetches."""
+        return len(self._source.live) + len(self._sink.live) + self._fetches.num_live() if self._is_open else 0
 
     def queued(self) -> int:
         """Handoffs that have not begun: queued prefills and tickets."""
@@ -243,7 +316,9 @@ class HandoffManager:
 
     def safe_to_stop(self) -> bool:
         """Draining, nothing live, nothing pinned or reserved."""
-        is_over = not self._is_open or (self._is_draining and not self.live_handoffs() and not self._sink.draining)
+        is_over = not self._is_open or (
+            self._is_draining and not self.live_handoffs() and not self._sink.draining and not self._fetches.sink.draining
+        )
         return is_over and not self._engine.blocks.pinned_owners()
 
     @property
@@ -267,10 +342,13 @@ class HandoffManager:
     def source_link_opened(self, incarnation: str) -> None:
         """See LinkOwner."""
         self._perform(self._sink.link_up(incarnation, self._clock()))
+        self._perform(self._fetches.sink.link_up(incarnation))
 
     def heard_source(self, incarnation: str, message: FromSource) -> None:
         """See LinkOwner."""
         self._metrics.heard(message)
+        if isinstance(message, FetchReply) or (message.key.is_fetch and isinstance(message, ConfirmReply | CancelHandoff)):
+            return self._perform(self._fetches.sink.receive(incarnation, message))
         self._perform(self._sink.receive(incarnation, message, self._clock()))
 
     def source_failed(self, incarnation: str, cause: FailureCause, reason: FenceReason) -> None:
@@ -280,11 +358,15 @@ class HandoffManager:
     def sink_linked(self, incarnation: str, secret: bytes, listed: list[HandoffKey]) -> None:
         """See LinkOwner."""
         self._peers.allow_sink(incarnation, secret)
-        self._perform(self._source.link_up(incarnation, listed, self._clock()))
+        now = self._clock()
+        self._perform(self._source.link_up(incarnation, [key for key in listed if not key.is_fetch], now))
+        self._perform(self._fetches.source.link_up(incarnation, [key for key in listed if key.is_fetch], now))
 
     def heard_sink(self, incarnation: str, message: FromSink) -> None:
         """See LinkOwner."""
         self._metrics.heard(message)
+        if isinstance(message, Fetch) or (message.key.is_fetch and isinstance(message, Confirm | CancelHandoff)):
+            return self._perform(self._fetches.source.receive(incarnation, message, self._clock()))
         if isinstance(message, BeginReply) and isinstance(message.answer, Accepted):
             caller = self._callers.get((message.key, Side.SOURCE))
             if caller is not None:
@@ -293,7 +375,7 @@ class HandoffManager:
 
     def is_sink_in_use(self, incarnation: str) -> bool:
         """See LinkOwner."""
-        return self._source.is_begun_with(incarnation)
+        return self._source.is_begun_with(incarnation) or bool(self._fetches.source.live_with(incarnation))
 
     def sink_lost(self, incarnation: str, *, is_closed: bool) -> None:
         """See LinkOwner."""
@@ -302,6 +384,8 @@ class HandoffManager:
         now = self._clock()
         book = self._source
         self._perform(book.link_closed(incarnation, now) if is_closed else book.link_down(incarnation, now))
+        if is_closed:
+            self._perform(self._fetches.source.fence(incarnation, now))
 
     def run_link(self, client: PairClient) -> None:
         """See PeersOwner."""
@@ -310,10 +394,13 @@ class HandoffManager:
     def source_over(self, incarnation: str, cause: FailureCause) -> None:
         """See PeersOwner."""
         self._perform(self._sink.fence(incarnation, cause, self._clock()))
+        self._perform(self._fetches.sink.fence(incarnation))
+        self._fetches.policy.forget(incarnation)
 
     def sink_over(self, incarnation: str) -> None:
         """See PeersOwner."""
         self._perform(self._source.fence(incarnation, self._clock()))
+        self._perform(self._fetches.source.fence(incarnation, self._clock()))
 
     def sink_suspect(self, incarnation: str, is_suspect: bool) -> None:
         """See PeersOwner."""
@@ -321,11 +408,11 @@ class HandoffManager:
 
     def begun_with(self, incarnation: str) -> list[HandoffKey]:
         """See PeersOwner."""
-        return self._sink.begun_with(incarnation)
+        return self._sink.begun_with(incarnation) + self._fetches.sink.begun_with(incarnation)
 
     def is_source_in_use(self, incarnation: str) -> bool:
         """See PeersOwner."""
-        return bool(self._sink.live_with(incarnation))
+        return bool(self._sink.live_with(incarnation)) or bool(self._fetches.sink.live_with(incarnation))
 
     def peer_down(self, incarnation: str, reason: str) -> None:
         """See PeersOwner."""
@@ -363,6 +450,13 @@ class HandoffManager:
                 self._start_engine(action)
             case CancelEngine():
                 self._engine.cancel(action.sequence)
+            case StartFetch():
+                self._start_fetch(action)
+            case CancelFetch():
+                key = action.key
+                self._perform(self._fetches.sink.cancel(key.request_id, key.attempt, "CANCELLED"))
+            case FetchEnded():
+                self._fetches.ended(action)
             case Completed():
                 self._completed(action)
             case Ended():
@@ -388,6 +482,15 @@ class HandoffManager:
             elif message.answer is ConfirmAnswer.CONFIRMED:
                 source.trace.answered(self._clock())
 
+    def _start_fetch(self, action: StartFetch) -> None:
+        def on_end(end: FetchEnd) -> None:
+            self._perform(self._source.fetch_ended(action.key, end, self._clock()))
+
+        fetches = self._fetches
+        self._perform(
+            fetches.start(action.request, action.peer, action.hashes, action.num_blocks, action.traceparent, on_end, self._clock())
+        )
+
     def _start_engine(self, action: StartEngine) -> None:
         try:
             self._engine.start(action.request)
@@ -406,29 +509,45 @@ class HandoffManager:
             if result.stats is not None:
                 self._pulled(start, result.stats, caller, is_retry=result.is_retry)
         finally:
-            self._perform(self._sink.pull_returned(start.operation, failure, self.notice()))
+            now = self.notice()
+            if start.key.is_fetch:
+                self._perform(self._fetches.sink.pull_returned(start.operation, failure))
+            else:
+                self._perform(self._sink.pull_returned(start.operation, failure, now))
 
     def _pulled(self, start: StartPull, stats: PullStats, caller: _Caller | None, *, is_retry: bool) -> None:
         incarnation, puller = start.peer_incarnation, self._peers.puller
         client = self._peers.clients.get(incarnation)
         if client is not None:  # else it was fenced meanwhile, and its labels are gone
             self._metrics.pulled(incarnation, client.peer.instance_id, puller.transport_of(incarnation), stats, is_retry=is_retry)
+        transport, why = puller.transport_of(incarnation), puller.why_of(incarnation)
         if caller is not None:
-            caller.trace.pulled(puller.transport_of(incarnation), puller.why_of(incarnation), stats, is_retry=is_retry)
+            caller.trace.pulled(transport, why, stats, is_retry=is_retry)
+        self._fetches.pulled(start.key, incarnation, stats, transport, why, is_retry=is_retry)
 
     def _report(self, report: Report) -> None:
+        if report.key.is_fetch:
+            self._note_fetch(report)
         if report.side is Side.SOURCE:
             return self.books.report(report)
         self._count_confirmed(report)
         caller = self._callers.get((report.key, Side.SINK))
-        pulled = caller.trace.totals if caller is not None else PullTotals()
+        pulled = caller.trace.totals if caller is not None else self._fetches.totals(report.key)
         transport = self._peers.puller.transport_of(report.peer_incarnation)
         self.books.report(report, transport, pulled.num_bytes, pulled.busy_s)
+
+    def _note_fetch(self, report: Report) -> None:
+        """For the audit: a fetch has no Start of its own; it is known from the first block it holds until it is over."""
+        if report.kind is EventKind.BEGUN:
+            self._starts[report.key.owner] = Start(report.peer_incarnation, is_source=report.side is Side.SOURCE)
+        elif report.kind is EventKind.ENDED:
+            self._starts.pop(report.key.owner, None)
 
     def _count_confirmed(self, report: Report) -> None:
         caller = self._callers.get((report.key, Side.SINK))
         if caller is not None and report.confirmed_blocks > caller.confirmed_blocks:
-            self._metrics.confirmed((report.confirmed_blocks - caller.confirmed_blocks) * self._engine.pool.block_bytes)
+            block_bytes = report.confirmed_block_bytes or self._engine.pool.block_bytes
+            self._metrics.confirmed((report.confirmed_blocks - caller.confirmed_blocks) * block_bytes)
             caller.confirmed_blocks = report.confirmed_blocks
             caller.trace.confirmed(self._clock())
 
@@ -468,6 +587,8 @@ class HandoffManager:
             self._peers.judge(now)
             self._perform(self._source.tick(now))
             self._perform(self._sink.tick(now))
+            self._perform(self._fetches.source.tick(now))
+            self._perform(self._fetches.sink.tick(now))
             self.stranded_bytes()
             self._wake.clear()
             link_due = max(self._peers.next_due(), now + MIN_SLEEP_S)
@@ -479,7 +600,7 @@ class HandoffManager:
                 pass
 
     def _next_due(self, now: float) -> float:
-        return max(self._source.next_retry_at(now), now + MIN_SLEEP_S)
+        return max(min(self._source.next_retry_at(now), self._fetches.sink.next_deadline()), now + MIN_SLEEP_S)
 
     def _spawn(self, work: "asyncio._CoroutineLike[None]", name: str) -> None:
         task: asyncio.Task[None] = self._tasks.create_task(work, name=name)
@@ -504,9 +625,13 @@ class HandoffManager:
         watch(
             "baton_kv_quarantined_bytes",
             "Of reserved bytes, those of handoffs that are over, kept until an operation of ours returns.",
-            lambda: self._sink.quarantined_bytes() if self._is_open else 0,
+            lambda: self._sink.quarantined_bytes() + self._fetches.sink.quarantined_bytes() if self._is_open else 0,
         )
-        watch("baton_kv_in_flight_bytes", "Of running pulls.", lambda: self._sink.in_flight_bytes() if self._is_open else 0)
+        watch(
+            "baton_kv_in_flight_bytes",
+            "Of running pulls.",
+            lambda: self._sink.in_flight_bytes() + self._fetches.sink.in_flight_bytes() if self._is_open else 0,
+        )
         watch("baton_handoffs_in_flight", "Handoffs that are not over.", self.live_handoffs)
         watch("baton_handoffs_queued", "Of them, those that have not begun.", self.queued)
         watch("baton_books_streams", "kvtransfer instances that hear our reports.", lambda: self.books.num_streams)
@@ -517,8 +642,7 @@ def zero_tail(block: npt.NDArray[np.uint8], layout: BlockLayout, num_tokens: int
 
     block: shape (block_bytes,), a view of the pool.
     """
-    slots = block.reshape(layout.num_layers, 2, layout.block_tokens, -1)  # last: bytes of one slot of one layer
-    slots[:, :, num_tokens:] = 0
+    block.reshape(layout.num_planes, layout.block_tokens, layout.slot_bytes)[:, num_tokens:] = 0
 
 
 def _refused(error: BatonError, peer: PeerRef) -> HandoffEnd:

@@ -13,11 +13,10 @@ from baton_runtime.log import get_logger
 
 from baton_handoff import wire
 from baton_handoff.config import HandoffConfig
-from baton_handoff.introductions import Introductions
+from baton_handoff.introductions import Introductions, layout_problem
 from baton_handoff.link import STREAM_ENDED, LinkOwner, MessageQueue, is_eof, until_first
 from baton_handoff.messages import Message
 from baton_handoff.peer_watch import PeerWatch
-from baton_handoff.tag import record_layout_text
 
 CLOSE_PROOF_S = 0.05
 
@@ -125,9 +124,8 @@ class PairServicer(HandoffServiceServicer):
             raise StaleIncarnation(expected=own.incarnation, got=hello.source_incarnation)
         if not self._introductions.knows_secret(hello.incarnation, hello.pair_secret):
             raise PermissionDenied("this pair was not introduced to us, or with another secret")
-        if hello.layout != own.layout:
-            ours, theirs = record_layout_text(own.layout), record_layout_text(hello.layout)
-            raise InvalidArgument("layout", f"{own.instance_id} has {ours}, {hello.instance_id} has {theirs}")
+        if why := layout_problem(own, Instance(instance_id=hello.instance_id, layout=hello.layout)):
+            raise InvalidArgument("layout", f"{own.instance_id} and {hello.instance_id}: {why}")
         peer = self.peers.get(hello.incarnation)
         if peer is None:
             peer = self.peers[hello.incarnation] = SinkPeer(PeerWatch(self._config.times, now))

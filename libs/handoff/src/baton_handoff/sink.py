@@ -4,20 +4,25 @@ States: ticket -> pulling -> complete or failed, by way of draining if an operat
 section 2). A ticket holds no block. The block manager is called directly: reserve at an accepted Begin, commit at a
 confirm that was answered yes, release when anything went wrong and nothing of ours writes any more. Nothing here waits,
 and time comes in as an argument (time.monotonic()).
+
+What is said to a source, and so the state of a handoff, counts in the source's blocks; what is held here counts in our own. The two
+may have other sizes (`cut`): a block of ours that the source's have only partly filled stays reserved until they have filled it.
 """
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from baton_engine.api import EngineRequest
 from baton_engine.blocks import BlockManager
 from baton_engine.errors import CacheFull
+from baton_engine.pool import BlockLayout
 from baton_runtime.errors import BatonError, Draining, QueueFull
 
 from baton_handoff.actions import Action, Completed, Ended, Report, Send, StartPull
 from baton_handoff.admission import OldestRefused, Waiting, age_order, check_start
 from baton_handoff.config import HandoffConfig
+from baton_handoff.cut import Cut, num_blocks
 from baton_handoff.ids import (
     ConfirmAnswer,
     EndReason,
@@ -46,21 +51,26 @@ class SinkState(enum.Enum):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SinkHandoff(Waiting):
-    """One handoff. Its blocks are [0, num_blocks) of the sequence:
+    """One handoff. In the source's blocks, [0, cut.num_source_blocks) of the sequence:
 
-    first <= confirmed <= asked <= pulled <= announced <= num_blocks
-    [0, first)              our own cached prefix, pinned by being in the table
-    [first, confirmed)      committed
-    [confirmed, pulled)     bytes read, reserved; asked is the end of the Confirm in flight (= confirmed: none is)
-    [pulled, announced)     may be pulled
-    [announced, num_blocks) reserved, not computed yet
+    first <= confirmed <= asked <= pulled <= announced <= cut.num_source_blocks
+    [0, first)             our own cached prefix, pinned by being in the table
+    [first, confirmed)     confirmed by the source
+    [confirmed, pulled)    bytes read; asked is the end of the Confirm in flight (= confirmed: none is)
+    [pulled, announced)    may be pulled
+    [announced, end)       not computed yet
+
+    In our own blocks, [0, num_blocks) of the sequence and our table: [0, committed) cached or filled by what is confirmed,
+    [committed, num_blocks) reserved.
     """
 
     request: EngineRequest
     traceparent: str
     hashes: Sequence[bytes]
-    tags: TagChain
+    cut: Cut  # of a ticket: as if the source's blocks were like ours, and nothing cached
+    tags: TagChain | None = None  # by the source's layout; None: a ticket
     state: SinkState = SinkState.TICKET
+    committed: int = 0
     first: int = 0
     confirmed: int = 0
     asked: int = 0
@@ -79,6 +89,16 @@ class SinkHandoff(Waiting):
         return self.first + len(self.source_ids)
 
     @property
+    def confirmed_bytes(self) -> int:
+        """Bytes that were moved and confirmed, as the source counts them."""
+        return (self.confirmed - self.first) * self.cut.source.block_bytes
+
+    @property
+    def committed_tokens(self) -> int:
+        """Leading tokens whose KV is ours to keep."""
+        return min(self.committed * self.cut.own.block_tokens, self.num_tokens)
+
+    @property
     def is_pullable(self) -> bool:
         """Whether an operation could start now."""
         return self.state is SinkState.PULLING and not self.operation and self.pulled < self.announced
@@ -92,12 +112,19 @@ class SinkBook:
     goes over to the engine.
     """
 
-    def __init__(self, blocks: BlockManager, shape: KvShape, config: HandoffConfig) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        shape: KvShape,
+        config: HandoffConfig,
+        layout_of: Callable[[str], BlockLayout | None] = lambda incarnation: None,
+    ) -> None:
+        """layout_of: layout of an introduced source, by incarnation; None: as our own."""
+        self._layout_of = layout_of
         self._blocks = blocks
         self._shape = shape
         self._config = config
         self._total_blocks = blocks.counts().total
-        self._operation_blocks = max(1, config.operation_bytes // shape.block_bytes)
         self._live: dict[str, SinkHandoff] = {}
         self._begun: dict[HandoffKey, SinkHandoff] = {}
         self._draining: dict[int, SinkHandoff] = {}
@@ -122,11 +149,11 @@ class SinkBook:
 
     def quarantined_bytes(self) -> int:
         """Bytes of handoffs that are over and still reserved, because an operation of ours may write to them."""
-        return sum(handoff.num_blocks - handoff.confirmed for handoff in self._draining.values()) * self._shape.block_bytes
+        return sum(handoff.num_blocks - handoff.committed for handoff in self._draining.values()) * self._shape.block_bytes
 
     def in_flight_bytes(self) -> int:
         """Bytes of running operations."""
-        return sum(handoff.pull_end - handoff.pulled for handoff in self._running.values()) * self._shape.block_bytes
+        return sum((handoff.pull_end - handoff.pulled) * handoff.cut.source.block_bytes for handoff in self._running.values())
 
     def num_tickets(self) -> int:
         """Handoffs that hold nothing yet."""
@@ -148,8 +175,8 @@ class SinkBook:
         Raises: Draining, QueueFull, InvalidArgument, StaleAttempt; nothing was kept then, and no end will come.
         """
         key = HandoffKey(request.key.request_id, request.key.attempt, self._shape.incarnation)
-        num_blocks = self._shape.num_blocks(request.num_kv_tokens)
-        check_start(self._tombstones, request, num_blocks, self._total_blocks, is_draining=self._is_draining)
+        num_own_blocks = self._shape.num_blocks(request.num_kv_tokens)
+        check_start(self._tombstones, request, num_own_blocks, self._total_blocks, is_draining=self._is_draining)
         if len(self._live) >= self._config.max_tickets:
             raise QueueFull(len(self._live), self._config.max_tickets, retry_after_ms=250)
         hashes = self._shape.hashes(request)
@@ -162,12 +189,12 @@ class SinkBook:
             peer=prefill,
             priority=request.priority,
             started_at=now,
-            num_blocks=num_blocks,
+            num_blocks=num_own_blocks,
             num_tokens=request.num_kv_tokens,
             request=request,
             traceparent=traceparent,
             hashes=hashes,
-            tags=TagChain(self._shape, request.cache_root, request.token_ids, request.num_kv_tokens),
+            cut=Cut(self._shape.layout, self._shape.layout, request.num_kv_tokens, num_cached=0),
         )
         return self._done()
 
@@ -178,7 +205,7 @@ class SinkBook:
             handoff = None
         if isinstance(message, Begin):
             self._out.append(Send(peer_incarnation, BeginReply(message.key, self._begin(handoff, message, now))))
-            if handoff is not None and handoff.first == handoff.num_blocks:
+            if handoff is not None and handoff.committed == handoff.num_blocks:
                 self._complete(handoff, now)
         elif isinstance(message, Announce):
             self._announced(handoff, peer_incarnation, message)
@@ -248,10 +275,11 @@ class SinkBook:
             return self._begin_unknown(begin)
         if handoff.state is SinkState.PULLING:
             return Accepted(handoff.first)
-        if (begin.num_tokens, begin.num_blocks) != (handoff.num_tokens, handoff.num_blocks):
+        source = self._layout_of(handoff.peer.incarnation) or self._shape.layout
+        if (begin.num_tokens, begin.num_blocks) != (handoff.num_tokens, num_blocks(source, handoff.num_tokens)):
             self._fail(handoff, FailureCause.DATA_LOSS, now)  # the two Starts are not of the same sequence
             return Refused("CANCELLED")
-        return self._reserve(handoff, now)
+        return self._reserve(handoff, source, now)
 
     def _begin_unknown(self, begin: Begin) -> Accepted | NotNow | Refused:
         stone = self._tombstones.get(begin.key)
@@ -263,23 +291,26 @@ class SinkBook:
             return Refused(stone.refusal)
         if self._tombstones.is_over(begin.key):
             return Refused("CANCELLED")
-        if begin.num_blocks > self._total_blocks:
+        if self._shape.num_blocks(begin.num_tokens) > self._total_blocks:
             return Refused("TOO_LARGE")
         if self._is_draining:
             return Refused("DRAINING")
         return NotNow(round(self._config.times.retry_min_s * 1e3))  # its Start may be on its way
 
-    def _reserve(self, handoff: SinkHandoff, now: float) -> Accepted | NotNow:
+    def _reserve(self, handoff: SinkHandoff, source: BlockLayout, now: float) -> Accepted | NotNow:
         kept = self._refused.room_kept_from(handoff, now)
         if kept and not self._blocks.can_hold(handoff.num_blocks + kept):
             return self._not_now(handoff, handoff.num_blocks, now)
         # Waived for the one that room is kept for: else one of nearly the whole pool would wait until nothing runs here at all.
         keep_free = 0 if self._refused.is_first(handoff, now) else self._blocks.growth_headroom
         try:
-            handoff.first = self._blocks.reserve(handoff.key.sequence, handoff.hashes, handoff.num_blocks, keep_free=keep_free)
+            handoff.committed = self._blocks.reserve(handoff.key.sequence, handoff.hashes, handoff.num_blocks, keep_free=keep_free)
         except CacheFull as error:
             return self._not_now(handoff, error.needed + keep_free, now)
-        handoff.confirmed = handoff.asked = handoff.pulled = handoff.first
+        handoff.cut = Cut(source, self._shape.layout, handoff.num_tokens, handoff.committed)
+        request = handoff.request
+        handoff.tags = TagChain(self._shape, request.cache_root, request.token_ids, handoff.num_tokens, source)
+        handoff.first = handoff.confirmed = handoff.asked = handoff.pulled = handoff.cut.first_block
         handoff.state = SinkState.PULLING
         self._begun[handoff.key] = handoff
         self._refused.forget(handoff)
@@ -294,7 +325,7 @@ class SinkBook:
             self._out.append(Send(peer_incarnation, CancelHandoff(message.key, "UNKNOWN")))
             return
         known = handoff.announced - message.first_block  # repeated blocks; negative would be a gap, which a FIFO cannot make
-        if 0 <= known < len(message.block_ids) and message.first_block + len(message.block_ids) <= handoff.num_blocks:
+        if 0 <= known < len(message.block_ids) and message.first_block + len(message.block_ids) <= handoff.cut.num_source_blocks:
             handoff.source_ids += message.block_ids[known:]
             handoff.last_chunk_blocks = len(message.block_ids) - known
             handoff.cached_tokens = message.cached_tokens
@@ -316,17 +347,19 @@ class SinkBook:
                 self._start_pull(handoff)
 
     def _start_pull(self, handoff: SinkHandoff) -> None:
-        start, end = handoff.pulled, min(handoff.announced, handoff.pulled + self._operation_blocks)
+        operation_blocks = max(1, self._config.operation_bytes // handoff.cut.source.block_bytes)
+        start, end = handoff.pulled, min(handoff.announced, handoff.pulled + operation_blocks)
         self._last_operation += 1
         handoff.operation, handoff.pull_end = self._last_operation, end
         self._running[handoff.operation] = handoff
-        source_ids = tuple(handoff.source_ids[start - handoff.first : end - handoff.first])
-        dest_ids = tuple(self._blocks.table(handoff.key.sequence)[start:end])
+        blocks = handoff.source_ids[start - handoff.first : end - handoff.first]
+        source_ids, dest_ids = handoff.cut.units(start, blocks, self._blocks.table(handoff.key.sequence))
         self._out.append(StartPull(handoff.key, handoff.operation, handoff.peer.incarnation, handoff.priority, source_ids, dest_ids))
 
     def _ask(self, handoff: SinkHandoff) -> None:
         if handoff.asked > handoff.confirmed or handoff.pulled == handoff.confirmed:
             return  # one Confirm is in flight, or there is nothing to ask
+        assert handoff.tags is not None, "a ticket asks nothing"
         handoff.asked, handoff.asked_tag = handoff.pulled, handoff.tags.at(handoff.pulled)
         self._send(handoff, Confirm(handoff.key, handoff.asked, handoff.asked_tag))
 
@@ -337,8 +370,9 @@ class SinkBook:
             self._fail(handoff, _CAUSE_OF_ANSWER[reply.answer], now, tell=reply.answer.name)
             return
         handoff.confirmed = handoff.asked
-        self._blocks.commit(handoff.key.sequence, handoff.confirmed, handoff.hashes)
-        if handoff.confirmed == handoff.num_blocks:
+        handoff.committed = handoff.cut.own_blocks(handoff.confirmed)
+        self._blocks.commit(handoff.key.sequence, handoff.committed, handoff.hashes)
+        if handoff.committed == handoff.num_blocks:
             self._complete(handoff, now, exposed_s=reply.age_s)
         else:
             self._report(handoff, EventKind.PROGRESS)
@@ -348,15 +382,13 @@ class SinkBook:
         """From here on the table is the sequence's; the receiver of Completed starts the engine or releases it."""
         del self._live[handoff.key.request_id], self._begun[handoff.key]
         handoff.state = SinkState.OVER
-        self._tombstones.bury(handoff.key, Tombstone(Outcome.CONFIRMED, handoff.num_blocks, handoff.confirmed), now)
+        self._tombstones.bury(handoff.key, Tombstone(Outcome.CONFIRMED, handoff.cut.num_source_blocks, handoff.confirmed), now)
         self._report(handoff, EventKind.ENDED, Outcome.CONFIRMED)
         tail_tokens = handoff.num_tokens % self._shape.block_tokens
         tail_block = self._blocks.table(handoff.key.sequence)[handoff.num_blocks - 1] if tail_tokens else -1
-        cached_tokens = max(handoff.first * self._shape.block_tokens, handoff.cached_tokens)
-        block_bytes = self._shape.block_bytes
-        complete = HandoffComplete(
-            cached_tokens, (handoff.num_blocks - handoff.first) * block_bytes, exposed_s, handoff.last_chunk_blocks * block_bytes
-        )
+        cached_tokens = max(handoff.cut.num_cached * self._shape.block_tokens, handoff.cached_tokens)
+        last_chunk_bytes = handoff.last_chunk_blocks * handoff.cut.source.block_bytes
+        complete = HandoffComplete(cached_tokens, handoff.confirmed_bytes, exposed_s, last_chunk_bytes)
         self._out.append(Completed(handoff.key, complete, tail_block, tail_tokens))
 
     def _fail(self, handoff: SinkHandoff, cause: FailureCause, now: float, tell: str = "") -> None:
@@ -379,7 +411,7 @@ class SinkBook:
         del self._live[handoff.key.request_id]
         self._refused.forget(handoff)
         refusal = "DRAINING" if tell == "DRAINING" else "CANCELLED"
-        self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.num_blocks, handoff.confirmed, refusal), now)
+        self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.cut.num_source_blocks, handoff.confirmed, refusal), now)
         handoff.outcome = outcome
         if tell:
             self._send(handoff, CancelHandoff(handoff.key, tell))
@@ -393,9 +425,9 @@ class SinkBook:
             reason=reason,
             cause=cause,
             peer_incarnation=handoff.peer.incarnation,
-            confirmed_tokens=min(handoff.confirmed * self._shape.block_tokens, handoff.num_tokens),
+            confirmed_tokens=handoff.committed_tokens,
             error=error,
-            num_bytes=(handoff.confirmed - handoff.first) * self._shape.block_bytes,
+            num_bytes=handoff.confirmed_bytes,
         )
         self._out.append(Ended(handoff.key, Side.SINK, end))
 
@@ -408,9 +440,9 @@ class SinkBook:
         self._out.append(Send(handoff.peer.incarnation, message))
 
     def _report(self, handoff: SinkHandoff, kind: EventKind, outcome: Outcome | None = None) -> None:
-        held = 0 if handoff.state is SinkState.OVER else handoff.num_blocks - handoff.confirmed
-        confirmed = handoff.confirmed - handoff.first
-        self._out.append(Report(handoff.key, Side.SINK, kind, handoff.peer.incarnation, held, confirmed, handoff.traceparent, outcome))
+        held = 0 if handoff.state is SinkState.OVER else handoff.num_blocks - handoff.committed
+        confirmed, block_bytes, peer = handoff.confirmed - handoff.first, handoff.cut.source.block_bytes, handoff.peer.incarnation
+        self._out.append(Report(handoff.key, Side.SINK, kind, peer, held, confirmed, handoff.traceparent, outcome, block_bytes))
 
 
 _CAUSE_OF_ANSWER = {

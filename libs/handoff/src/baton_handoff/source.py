@@ -1,24 +1,38 @@
 """The source's side of every handoff of this worker: a plain state machine, events in, actions out.
 
-States: queued -> offered -> computing -> computed -> over (docs/handoff.md, section 2). In queued and offered a handoff
-holds no block. The block manager is called directly: acquire when the sink has accepted, unpin when it has confirmed or
-anything went wrong. Nothing here waits, and time comes in as an argument (time.monotonic()).
+States: queued -> offered -> (fetching) -> computing -> computed -> over (docs/handoff.md, section 2). In queued and offered a handoff
+holds no block. While fetching it has its table, but nothing is computed: its leading blocks may come from another's cache.
+The block manager is called directly: acquire when the sink has accepted, unpin when it has confirmed or anything went wrong.
+Nothing here waits, and time comes in as an argument (time.monotonic()).
 """
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton_engine.api import BlocksReady, EngineRequest, SequenceEnd, SequenceKey, Work
 from baton_engine.api import EndReason as EngineEnd
 from baton_engine.blocks import BlockManager
 from baton_engine.errors import CacheFull
+from baton_engine.pool import BlockLayout
 from baton_runtime.errors import BatonError, Internal, InvalidArgument, QueueFull, Unavailable
 
-from baton_handoff.actions import Action, CancelEngine, Ended, Report, Send, StartEngine
+from baton_handoff.actions import Action, CancelEngine, CancelFetch, Ended, Report, Send, StartEngine, StartFetch
 from baton_handoff.admission import OfferQueue, Waiting, check_start
 from baton_handoff.config import HandoffConfig
-from baton_handoff.ids import ConfirmAnswer, EndReason, EventKind, FailureCause, HandoffEnd, HandoffKey, Outcome, PeerRef, Side
+from baton_handoff.ids import (
+    ConfirmAnswer,
+    EndReason,
+    EventKind,
+    FailureCause,
+    FetchEnd,
+    FetchHint,
+    HandoffEnd,
+    HandoffKey,
+    Outcome,
+    PeerRef,
+    Side,
+)
 from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, CancelHandoff, Confirm, ConfirmReply, FromSink, NotNow, Refused
 from baton_handoff.tag import KvShape, TagChain
 from baton_handoff.tombstones import Tombstone, Tombstones
@@ -29,6 +43,7 @@ class SourceState(enum.Enum):
 
     QUEUED = "queued"
     OFFERED = "offered"
+    FETCHING = "fetching"
     COMPUTING = "computing"
     COMPUTED = "computed"
 
@@ -54,6 +69,8 @@ class SourceHandoff(Waiting):
     block_ids: list[int] = field(default_factory=list)  # of [first, announced)
     cached_tokens: int = 0
     ready_at: float = 0.0
+    hint: FetchHint | None = None
+    fetched_tokens: int = 0
 
     @property
     def announced(self) -> int:
@@ -63,7 +80,7 @@ class SourceHandoff(Waiting):
     @property
     def is_begun(self) -> bool:
         """Whether the sink holds room for it and we hold blocks."""
-        return self.state in (SourceState.COMPUTING, SourceState.COMPUTED)
+        return self.state in (SourceState.FETCHING, SourceState.COMPUTING, SourceState.COMPUTED)
 
 
 class SourceBook:
@@ -73,7 +90,18 @@ class SourceBook:
     blocks), `_tombstones`, `_engine_runs` (sequences the engine has not ended), `_linked` (peers, and whether offers may go out).
     """
 
-    def __init__(self, blocks: BlockManager, shape: KvShape, config: HandoffConfig) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        shape: KvShape,
+        config: HandoffConfig,
+        layout_of: Callable[[str], BlockLayout | None] = lambda incarnation: None,
+        wants_fetch: Callable[[str, int], bool] = lambda incarnation, num_tokens: False,
+    ) -> None:
+        """layout_of: layout of an introduced sink, by incarnation; None: as our own. wants_fetch: whether that many tokens should be
+        fetched from that instance rather than computed."""
+        self._wants_fetch = wants_fetch
+        self._layout_of = layout_of
         self._blocks = blocks
         self._shape = shape
         self._config = config
@@ -113,8 +141,8 @@ class SourceBook:
 
     # Events. Each returns what is to be done, in order.
 
-    def start(self, request: EngineRequest, decode: PeerRef, traceparent: str, now: float) -> list[Action]:
-        """Queue a prefill for a decode instance.
+    def start(self, request: EngineRequest, decode: PeerRef, traceparent: str, now: float, hint: FetchHint | None = None) -> list[Action]:
+        """Queue a prefill for a decode instance. hint: where more of the prefix may be cached than here or at decode.
 
         Raises: Draining, QueueFull, InvalidArgument, StaleAttempt; nothing was kept then, and no end will come.
         """
@@ -137,6 +165,7 @@ class SourceBook:
             traceparent=traceparent,
             hashes=hashes,
             tags=TagChain(self._shape, request.cache_root, request.token_ids, request.num_kv_tokens),
+            hint=hint,
         )
         self._live[key.request_id] = handoff
         self._queue.add(handoff)
@@ -193,6 +222,15 @@ class SourceBook:
             handoff.state = SourceState.COMPUTED  # nothing runs that would have to be cancelled
             reason = EndReason.INVALID if isinstance(error, InvalidArgument) else EndReason.REFUSED
             self._end(handoff, reason, Outcome.FAILED, now, tell="ENGINE_REFUSED", error=error)
+        return self._done(now)
+
+    def fetch_ended(self, key: HandoffKey, end: FetchEnd, now: float) -> list[Action]:
+        """The fetch of a StartFetch is over, whatever came of it: compute what our cache still lacks."""
+        handoff = self._find_sequence(key.sequence)
+        if handoff is not None and handoff.state is SourceState.FETCHING:
+            handoff.fetched_tokens = end.num_tokens
+            self._blocks.rematch(handoff.key.sequence, handoff.hashes)
+            self._compute(handoff)
         return self._done(now)
 
     def cancel(self, request_id: str, attempt: int, reason: str, now: float) -> list[Action]:
@@ -315,7 +353,7 @@ class SourceBook:
             self._accepted(handoff, answer, now)
 
     def _accepted(self, handoff: SourceHandoff, answer: Accepted, now: float) -> None:
-        if answer.first_block > len(handoff.hashes):  # only full blocks have hashes: no cache has what it says it has
+        if not self._may_be_cached(handoff, answer.first_block):
             self._fail(handoff, FailureCause.DATA_LOSS, now, tell="UNKNOWN_BLOCKS")
             return
         self._queue.remove(handoff)
@@ -326,17 +364,45 @@ class SourceBook:
             self._end(handoff, EndReason.PREFILLED, Outcome.CONFIRMED, now)
             return
         try:
-            self._blocks.acquire(handoff.key.sequence, handoff.hashes, handoff.num_blocks)
+            num_cached = self._blocks.acquire(handoff.key.sequence, handoff.hashes, handoff.num_blocks)
         except CacheFull as error:
             # What was counted on is gone (sequences of our own took it): the sink gives its blocks back, the frontend places again.
             facts = Unavailable(f"no room after the offer: {error}", needed=error.needed, available=error.available)
             self._end(handoff, EndReason.REFUSED, Outcome.FAILED, now, tell="NO_ROOM", error=facts)
             return
-        handoff.state = SourceState.COMPUTING
         self._begun[handoff.key] = handoff
-        self._engine_runs.add(handoff.key.sequence)
         self._report(handoff, EventKind.BEGUN)
+        source = self._fetch_source(handoff, num_cached)
+        if source is None:
+            return self._compute(handoff)
+        peer, num_blocks = source
+        handoff.state = SourceState.FETCHING
+        key = self._fetch_key(handoff)
+        self._out.append(StartFetch(key, peer, handoff.request, handoff.hashes, num_blocks, handoff.traceparent))
+
+    def _compute(self, handoff: SourceHandoff) -> None:
+        handoff.state = SourceState.COMPUTING
+        self._engine_runs.add(handoff.key.sequence)
         self._out.append(StartEngine(handoff.key, replace(handoff.request, first_announced_block=handoff.first)))
+
+    def _fetch_source(self, handoff: SourceHandoff, num_cached: int) -> tuple[PeerRef, int] | None:
+        """Who has most of the prefix, and how many blocks, if it is worth fetching what we lack of it.
+
+        The sink has [0, first), and has it in its table: that is sure. The hint is a belief, and must promise more than that.
+        """
+        block_tokens, hint = self._shape.block_tokens, handoff.hint
+        sources = [(handoff.peer, min(handoff.first, len(handoff.hashes)))]
+        if hint is not None:
+            hinted = min(hint.num_tokens // block_tokens, len(handoff.hashes))
+            if (hinted - handoff.first) * block_tokens >= self._config.fetch_min_tokens:
+                sources.insert(0, (hint.peer, hinted))
+        for peer, num_blocks in sources:
+            if num_blocks > num_cached and self._wants_fetch(peer.incarnation, (num_blocks - num_cached) * block_tokens):
+                return peer, num_blocks
+        return None
+
+    def _fetch_key(self, handoff: SourceHandoff) -> HandoffKey:
+        return HandoffKey(*handoff.key.sequence, self._shape.incarnation, is_fetch=True)
 
     def _confirm_reply(self, handoff: SourceHandoff | None, asked: Confirm, now: float) -> ConfirmReply:
         answer = self._confirm(handoff, asked, now)
@@ -413,6 +479,9 @@ class SourceBook:
             self._blocks.unpin(handoff.key.sequence)
         if handoff.state is SourceState.COMPUTING:
             self._out.append(CancelEngine(handoff.key.sequence))
+        elif handoff.state is SourceState.FETCHING:
+            self._blocks.release(handoff.key.sequence)  # the engine has never heard of it
+            self._out.append(CancelFetch(self._fetch_key(handoff)))
         if tell:
             self._send(handoff, CancelHandoff(handoff.key, tell))
         if was_begun:
@@ -425,6 +494,7 @@ class SourceBook:
             error=error,
             num_bytes=(handoff.confirmed - handoff.first) * self._shape.block_bytes,
             cached_tokens=handoff.cached_tokens,
+            fetched_tokens=handoff.fetched_tokens,
             exposed_s=max(0.0, now - handoff.ready_at) if reason is EndReason.PREFILLED and handoff.block_ids else 0.0,
         )
         self._out.append(Ended(handoff.key, Side.SOURCE, end))
@@ -449,6 +519,13 @@ class SourceBook:
         handoff = self._live.get(sequence.request_id)
         return handoff if handoff is not None and handoff.key.attempt == sequence.attempt else None
 
+    def _may_be_cached(self, handoff: SourceHandoff, first_block: int) -> bool:
+        """Whether any cache of the sink can hold all before that block: only full blocks have hashes, full ones of the sink's."""
+        if first_block <= len(handoff.hashes):
+            return True
+        sink = self._layout_of(handoff.peer.incarnation) or self._shape.layout
+        return first_block == handoff.num_blocks and handoff.num_tokens % sink.block_tokens == 0
+
     def _was_confirmed(self, key: HandoffKey) -> bool:
         stone = self._tombstones.get(key)
         return stone is not None and stone.is_confirmed
@@ -463,7 +540,7 @@ class SourceBook:
         computing = sum(
             self._counted(max(0, handoff.num_tokens - handoff.announced * block_tokens))
             for handoff in self._begun.values()
-            if handoff.state is SourceState.COMPUTING
+            if handoff.state in (SourceState.COMPUTING, SourceState.FETCHING)
         )
         return computing + sum(self._counted(handoff.num_tokens) for handoff in self._queue.recently_offered(now))
 

@@ -9,6 +9,7 @@ from baton_contracts.discovery.v1.instance_pb2 import KvLayout
 from baton_engine.api import EngineRequest
 from baton_engine.pool import BlockLayout
 from baton_runtime.hashing import block_hashes
+from baton_runtime.layouts import layout_text
 
 TAG_BYTES = 16
 
@@ -42,30 +43,45 @@ class KvShape:
         return block_hashes(request.cache_root, handed_over, self.hash_block_tokens, self.block_tokens)
 
 
-def layout_text(layout: BlockLayout) -> str:
-    """The layout as the tag and refusals spell it."""
-    return (
-        f"layers={layout.num_layers} block_tokens={layout.block_tokens} kv_heads={layout.num_kv_heads} "
-        f"head_dim={layout.head_dim} dtype={layout.dtype} shards={layout.num_shards}"
+def layout_from_record(record: KvLayout) -> BlockLayout:
+    """The layout of an instance record. Raises: ValueError for one no engine can have."""
+    layout = BlockLayout(
+        num_layers=record.num_layers,
+        block_tokens=record.block_tokens,
+        num_kv_heads=record.num_kv_heads,
+        head_dim=record.head_dim,
+        dtype=record.dtype,
+        num_shards=record.num_shards,
     )
+    if layout.block_bytes != record.block_bytes or layout.block_bytes < 1:
+        raise ValueError(f"{layout_text(record)} makes blocks of {layout.block_bytes} bytes, not {record.block_bytes}")
+    return layout
 
 
-def record_layout_text(layout: KvLayout) -> str:
-    """As layout_text, of a record."""
-    return (
-        f"layers={layout.num_layers} block_tokens={layout.block_tokens} kv_heads={layout.num_kv_heads} "
-        f"head_dim={layout.head_dim} dtype={layout.dtype} shards={layout.num_shards} block_bytes={layout.block_bytes}"
-    )
+def fetch_tag(shape: KvShape, block_hash: bytes) -> bytes:
+    """Tag of a fetch's Confirm, 16 bytes. block_hash: the chain hash of the last block read, which stands for all tokens up to there.
+
+    Only what both sides must have in common is in it, so that each can compute it from its own layout.
+    """
+    layout = shape.layout
+    values = f"layers={layout.num_layers} kv_heads={layout.num_kv_heads} head_dim={layout.head_dim} dtype={layout.dtype}"
+    return hashlib.sha256(f"{shape.fingerprint}\nfetch {values}\n".encode() + block_hash).digest()[:TAG_BYTES]
 
 
 class TagChain:
-    """Tags of one sequence at rising block counts; each token is hashed once however many confirms there are."""
+    """Tags of one sequence at rising block counts; each token is hashed once however many confirms there are.
 
-    def __init__(self, shape: KvShape, cache_root: bytes, token_ids: "array[int]", num_tokens: int) -> None:
-        self._digest = hashlib.sha256(f"{shape.fingerprint}\n{layout_text(shape.layout)}\n".encode())
+    layout: the source's, in whose blocks both sides count; None: our own.
+    """
+
+    def __init__(
+        self, shape: KvShape, cache_root: bytes, token_ids: "array[int]", num_tokens: int, layout: BlockLayout | None = None
+    ) -> None:
+        layout = layout or shape.layout
+        self._digest = hashlib.sha256(f"{shape.fingerprint}\n{layout_text(layout)}\n".encode())
         self._digest.update(cache_root)
         self._column = memoryview(_little_endian(token_ids)).cast("B")
-        self._block_tokens = shape.block_tokens
+        self._block_tokens = layout.block_tokens
         self._num_tokens = num_tokens
         self._done_tokens = 0
 

@@ -41,7 +41,11 @@ class MiniEngine:
     DECODE_ONLY sequences draw one token per step (their number of tokens so far) without touching blocks, until max_tokens.
     """
 
-    def __init__(self, blocks: BlockManager, block_tokens: int, write: WriteBlock, chunk_blocks: int = 2) -> None:
+    def __init__(
+        self, blocks: BlockManager, block_tokens: int, write: WriteBlock, chunk_blocks: int = 2, hash_block_tokens: int = 0
+    ) -> None:
+        """hash_block_tokens: granularity of the hash chain; 0: block_tokens."""
+        self._hash_block_tokens = hash_block_tokens or block_tokens
         self._blocks = blocks
         self._block_tokens = block_tokens
         self._write = write
@@ -62,7 +66,7 @@ class MiniEngine:
     def start(self, request: EngineRequest) -> None:
         """Take a sequence whose table is acquired (PREFILL_ONLY) or reserved and committed (DECODE_ONLY)."""
         handed_over = request.token_ids[: request.num_kv_tokens]
-        hashes = block_hashes(request.cache_root, handed_over, self._block_tokens, self._block_tokens)
+        hashes = block_hashes(request.cache_root, handed_over, self._hash_block_tokens, self._block_tokens)
         run = _Run(request, hashes, len(self._blocks.table(request.key)))
         if request.work is Work.PREFILL_ONLY:
             run.done_blocks = self._blocks.prefix(request.key).ready

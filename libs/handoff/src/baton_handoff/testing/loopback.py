@@ -8,6 +8,7 @@ from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_engine.pool import KvPool
 
 from baton_handoff.transports.base import PullFailed, PullStats, TransportUnavailable
+from baton_handoff.transports.reslice import Reslice
 
 
 class LoopbackNetwork:
@@ -38,8 +39,9 @@ class LoopbackPeerPool:
 
     name = "loopback"
 
-    def __init__(self, network: LoopbackNetwork, source: KvPool, dest: KvPool) -> None:
+    def __init__(self, network: LoopbackNetwork, source: KvPool, dest: KvPool, reslice: Reslice | None = None) -> None:
         self._network = network
+        self._reslice = reslice or Reslice(source.layout, dest.layout)
         self._source = source
         self._dest = dest
         self._dropped = asyncio.Event()
@@ -53,7 +55,7 @@ class LoopbackPeerPool:
         self._copy(pairs[:half])
         await self._gate()
         self._copy(pairs[half:])
-        return PullStats(len(pairs) * self._dest.block_bytes, len(pairs), time.monotonic() - started)
+        return PullStats(len(pairs) * self._reslice.unit_bytes, len(pairs), time.monotonic() - started)
 
     def drop(self) -> None:
         """See PeerPool."""
@@ -71,8 +73,7 @@ class LoopbackPeerPool:
             raise PullFailed(self.name, "dropped" if self._dropped.is_set() else "the path is broken")
 
     def _copy(self, pairs: list[tuple[int, int]]) -> None:
-        for source, dest in pairs:
-            self._dest.data[dest] = self._source.data[source]
+        self._reslice.copy(self._dest.data, [dest for _, dest in pairs], self._source.data, [source for source, _ in pairs])
 
 
 class LoopbackTransport:
@@ -109,9 +110,11 @@ class LoopbackTransport:
         """See Transport."""
         return ""
 
-    async def open_peer(self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str) -> LoopbackPeerPool:
+    async def open_peer(
+        self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str, reslice: Reslice | None = None
+    ) -> LoopbackPeerPool:
         """See Transport."""
         pool = self._network.pools.get(peer.incarnation)
         if pool is None:
             raise TransportUnavailable(self.name, f"{peer.incarnation} is not here")
-        return LoopbackPeerPool(self._network, pool, self._pool)
+        return LoopbackPeerPool(self._network, pool, self._pool, reslice)

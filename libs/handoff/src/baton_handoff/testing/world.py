@@ -1,14 +1,15 @@
 """A simulated fleet of workers with the real books and the real block manager: no loop, no sockets, a clock moved by hand.
 
 What is simulated: processes that stop, wake, crash and restart; links that are FIFO within a direction, break, lose what was on
-the way and are re-opened with a hello; engines that step; pulls that copy block by block and end whenever the test wants; one
-frontend that places requests, cancels, and places again. What is checked after every event: `World.check`.
+the way and are re-opened with a hello; engines that step; pulls that copy unit by unit and end whenever the test wants; one
+frontend that places requests, cancels, and places again. Sources and sinks may have blocks of different sizes; contents are kept
+and checked token by token. What is checked after every event: `World.check`.
 """
 
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from baton_engine.api import EngineRequest, Priority, SequenceKey, StepOutput, Work
@@ -29,12 +30,13 @@ BLOCK_TOKENS = 2
 LAYOUT = BlockLayout(num_layers=1, block_tokens=BLOCK_TOKENS, num_kv_heads=1, head_dim=1, dtype="float32")
 ROOT = b"\0" * 16
 
-Content = tuple[int, ...]  # what a block should hold: the tokens it depends on, from the first one of the sequence
+Content = tuple[int, ...]  # what the slot of a token should hold: the tokens it depends on, from the first one of the sequence
+Memory = list[list[Content | None]]  # by block, by slot
 
 
-def content_of(request: EngineRequest, index: int) -> Content:
-    """Content of block `index`."""
-    return tuple(request.token_ids[: min((index + 1) * BLOCK_TOKENS, request.num_kv_tokens)])
+def content_of(request: EngineRequest, token: int) -> Content:
+    """Content of the slot of one token."""
+    return tuple(request.token_ids[: token + 1])
 
 
 @dataclass(slots=True)
@@ -42,12 +44,12 @@ class Pull:
     """A running operation of a sink. It reads the memory of the source's life that it was opened with."""
 
     start: StartPull
-    source_memory: list[Content | None]
+    source_memory: Memory
     done: int = 0
 
     @property
     def is_done(self) -> bool:
-        """Whether every block was copied."""
+        """Whether every unit was copied."""
         return self.done == len(self.start.dest_ids)
 
 
@@ -75,16 +77,26 @@ class Link:
 class Process:
     """One worker process: its books, its memory, its engine, its pulls."""
 
-    def __init__(self, name: str, life: int, num_blocks: int, config: HandoffConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        life: int,
+        num_blocks: int,
+        config: HandoffConfig,
+        layout: BlockLayout = LAYOUT,
+        layout_of: Callable[[str], BlockLayout | None] = lambda incarnation: None,
+    ) -> None:
         self.name = name
         self.life = life
         self.incarnation = f"{name}.{life}"
         self.blocks = BlockManager(num_blocks)
-        self.memory: list[Content | None] = [None] * num_blocks
-        shape = KvShape(self.incarnation, "model", LAYOUT, BLOCK_TOKENS)
-        self.source = SourceBook(self.blocks, shape, config)
-        self.sink = SinkBook(self.blocks, shape, config)
-        self.engine = MiniEngine(self.blocks, BLOCK_TOKENS, self._compute)
+        self.layout = layout
+        self.block_tokens = layout.block_tokens
+        self.memory: Memory = [[None] * self.block_tokens for _ in range(num_blocks)]
+        shape = KvShape(self.incarnation, "model", layout, BLOCK_TOKENS)
+        self.source = SourceBook(self.blocks, shape, config, layout_of)
+        self.sink = SinkBook(self.blocks, shape, config, layout_of)
+        self.engine = MiniEngine(self.blocks, self.block_tokens, self._compute, hash_block_tokens=BLOCK_TOKENS)
         self.engine_cancels: list[SequenceKey] = []
         self.outputs: deque[StepOutput] = deque()
         self.pulls: dict[int, Pull] = {}
@@ -101,10 +113,16 @@ class Process:
         return PeerRef(self.name, self.incarnation)
 
     def _compute(self, block_id: int, request: EngineRequest, index: int) -> None:
+        start = index * self.block_tokens
+        self.check_tokens(request, start, "attended to a block with foreign content")
+        tokens = range(start, start + self.block_tokens)
+        self.memory[block_id] = [content_of(request, token) if token < request.num_kv_tokens else None for token in tokens]
+
+    def check_tokens(self, request: EngineRequest, num_tokens: int, message: str) -> None:
+        """Raises: AssertionError unless the leading tokens of the sequence lie in its table as they should."""
         table = self.blocks.table(request.key)
-        for earlier in range(index):
-            assert self.memory[table[earlier]] == content_of(request, earlier), "attended to a block with foreign content"
-        self.memory[block_id] = content_of(request, index)
+        for token in range(num_tokens):
+            assert self.memory[table[token // self.block_tokens]][token % self.block_tokens] == content_of(request, token), message
 
 
 @dataclass(slots=True)
@@ -130,18 +148,37 @@ class Frontend:
 
 
 class World:
-    """Everything. Methods are events; each leaves the world checked."""
+    """Everything. Methods are events; each leaves the world checked.
 
-    def __init__(self, sources: int = 1, sinks: int = 1, num_blocks: int = 6, config: HandoffConfig | None = None) -> None:
+    num_blocks: per process, of BLOCK_TOKENS tokens. block_tokens: of sources and of sinks, multiples of BLOCK_TOKENS; a process with
+    larger blocks has fewer of them.
+    """
+
+    def __init__(
+        self,
+        sources: int = 1,
+        sinks: int = 1,
+        num_blocks: int = 6,
+        config: HandoffConfig | None = None,
+        block_tokens: tuple[int, int] = (BLOCK_TOKENS, BLOCK_TOKENS),
+    ) -> None:
         self.config = config or HandoffConfig(operation_bytes=2 * LAYOUT.block_bytes)
         self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
         self.now = 1000.0
         names = [f"p{i}" for i in range(sources)] + [f"d{i}" for i in range(sinks)]
-        self.processes = {name: Process(name, 1, num_blocks, self.config) for name in names}
+        self.processes = {name: self._process(name, 1) for name in names}
         self.links = {(d, p): Link(d, p) for d in names if d[0] == "d" for p in names if p[0] == "p"}
         self.frontend = Frontend()
         self.ends: list[tuple[HandoffKey, Side, HandoffEnd]] = []
         self.completions: list[HandoffKey] = []
+
+    def _process(self, name: str, life: int) -> Process:
+        layout = self._layout_of(name)
+        return Process(name, life, self.num_blocks * BLOCK_TOKENS // layout.block_tokens, self.config, layout, self._layout_of)
+
+    def _layout_of(self, incarnation: str) -> BlockLayout:
+        return replace(LAYOUT, block_tokens=self.block_tokens[incarnation[0] == "d"])
 
     # The frontend.
 
@@ -238,7 +275,7 @@ class World:
         for link in self.links.values():
             if name in (link.sink, link.source):
                 self._break(link)
-        self.processes[name] = Process(name, old.life + 1, self.num_blocks, self.config)
+        self.processes[name] = self._process(name, old.life + 1)
         for request_id, request in self.frontend.requests.items():
             concerned = old.incarnation in (ref.incarnation for ref in (request.prefill, request.decode) if ref)
             if concerned and not request.is_failed_attempt and not request.is_over:
@@ -356,18 +393,25 @@ class World:
         owner = SequenceKey("own", 1)
         process.blocks.acquire(owner, [], counts.free + counts.cached)
         for block in process.blocks.table(owner):
-            process.memory[block] = (-1,)
+            process.memory[block] = [(-1,)] * process.block_tokens
         process.blocks.release(owner)
 
     def pull_block(self, name: str, operation: int) -> None:
-        """The transport's thread copies one more block, whatever the loop does."""
+        """The transport's thread copies one more unit, whatever the loop does."""
         process = self.processes[name]
         pull = process.pulls.get(operation)
         if pull is None or pull.is_done:
             return
-        dest = pull.start.dest_ids[pull.done]
-        assert dest in process.blocks.table(pull.start.key.sequence), "an operation wrote to a block it no longer owns"
-        process.memory[dest] = pull.source_memory[pull.start.source_ids[pull.done]]
+        source_tokens = self._layout_of(pull.start.peer_incarnation).block_tokens
+        unit = min(source_tokens, process.block_tokens)
+        source, source_unit = divmod(pull.start.source_ids[pull.done], source_tokens // unit)
+        dest, dest_unit = divmod(pull.start.dest_ids[pull.done], process.block_tokens // unit)
+        table = process.blocks.table(pull.start.key.sequence)
+        assert dest in table[len(table) - process.blocks.held(pull.start.key.sequence) :], (
+            "an operation wrote to a block not reserved for it"
+        )
+        copied = pull.source_memory[source][source_unit * unit : (source_unit + 1) * unit]
+        process.memory[dest][dest_unit * unit : (dest_unit + 1) * unit] = copied
         pull.done += 1
 
     def pull_ends(self, name: str, operation: int, failure: FailureCause | None = None) -> None:
@@ -443,9 +487,10 @@ class World:
         elif isinstance(action, Report):
             process.booked[action.key, action.side] = action.held_blocks
 
-    def _memory_of(self, incarnation: str) -> list[Content | None]:
+    def _memory_of(self, incarnation: str) -> Memory:
         process = self.find(incarnation)
-        return process.memory if process is not None else [None] * self.num_blocks
+        block_tokens = self._layout_of(incarnation).block_tokens
+        return process.memory if process is not None else [[None] * block_tokens for _ in range(self.num_blocks)]
 
     def _send(self, process: Process, action: Send) -> None:
         if isinstance(action.message, ConfirmReply) and action.message.answer is ConfirmAnswer.CONFIRMED:
@@ -463,8 +508,9 @@ class World:
         self._count_end(process, action.key, Side.SINK)
         request = process.requests[action.key.sequence]
         table = process.blocks.table(action.key.sequence)
-        assert [process.memory[block] for block in table] == [content_of(request, index) for index in range(len(table))]
-        valid = request.num_kv_tokens % BLOCK_TOKENS
+        process.check_tokens(request, request.num_kv_tokens, "completed with foreign content")
+        assert len(table) == -(-request.num_kv_tokens // process.block_tokens)
+        valid = request.num_kv_tokens % process.block_tokens
         assert (action.tail_block, action.tail_tokens) == ((table[-1], valid) if valid else (-1, 0))
         process.decoding[action.key.sequence] = request
         self.completions.append(action.key)
@@ -495,10 +541,10 @@ class World:
         assert process.blocks.held(sequence) == 0, "waits while holding"
 
     def _check_confirmed(self, process: Process, sink: SinkHandoff) -> None:
-        table = process.blocks.table(sink.key.sequence)
-        request = process.requests[sink.key.sequence]
-        for index in range(sink.confirmed):
-            assert process.memory[table[index]] == content_of(request, index), "a confirmed block has foreign content"
+        source_tokens = self._layout_of(sink.peer.incarnation).block_tokens
+        num_tokens = max(sink.cut.num_cached * process.block_tokens, min(sink.confirmed * source_tokens, sink.num_tokens))
+        process.check_tokens(process.requests[sink.key.sequence], num_tokens, "a confirmed block has foreign content")
+        assert sink.committed_tokens <= num_tokens, "a block is committed that was not confirmed whole"
         source = self.find(sink.peer.incarnation)
         if source is not None and sink.confirmed > sink.first:
             assert sink.confirmed <= source.confirmed_as_source.get(sink.key, 0), "the sink counts more than the source confirmed"
