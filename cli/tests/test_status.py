@@ -1,6 +1,6 @@
 import json
 
-from baton_cli.status import Blocks, InstanceReport, Report, to_json, to_text
+from baton_cli.status import Blocks, InstanceReport, LinkReport, Report, to_json, to_text
 
 
 def report() -> Report:
@@ -26,3 +26,12 @@ def test_text_shows_what_a_worker_holds_and_what_is_wrong() -> None:
     assert "decode-0" in text
     assert "3/10" in text
     assert "no router is registered" in text
+
+
+def test_links_show_transport_speed_bytes_and_why() -> None:
+    made = report()
+    made.links = [LinkReport("prefill-0", "decode-0", "tcp", "tcp: not on the same host", 2.5, 3 << 20)]
+    text = to_text(made)
+    for part in ("prefill-0 > decode-0", "tcp: not on the same host", "2.50", "3.0 MiB"):
+        assert part in text
+    assert json.loads(to_json(made))["links"][0]["reason"] == "tcp: not on the same host"

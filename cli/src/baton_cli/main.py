@@ -10,10 +10,12 @@ from pathlib import Path
 
 import click
 import psutil
+from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
 from baton_runtime.log import configure_logging
 from rich.console import Console
 
 from baton_cli import chat as chat_command
+from baton_cli import handoffs as handoffs_command
 from baton_cli import state
 from baton_cli import status as status_command
 from baton_cli import up as up_command
@@ -144,6 +146,27 @@ def status(as_json: bool, etcd: str, state_dir: Path | None) -> None:
     click.echo(status_command.to_json(report) if as_json else status_command.to_text(report))
     if report.problems:
         sys.exit(1)
+
+
+@main.command()
+@click.option("--watch/--once", "is_watch", default=None, help="Follow the handoffs, or show them once. Default: follow on a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: one document, with --watch one object per line.")
+@click.option("--instance", default="", help="Only handoffs from or to this instance, e.g. decode-0.")
+@click.option("--request", "request_id", default="", help="Only handoffs of this request.")
+@click.option("--etcd", default="", help="Look there instead of at the Baton that runs here.")
+@_folder
+def handoffs(is_watch: bool | None, as_json: bool, instance: str, request_id: str, etcd: str, state_dir: Path | None) -> None:
+    """Show every live handoff: pair, state, bytes, GB/s, age, transport and why."""
+    if not etcd:
+        etcd = state.require((state_dir or state.default_folder()).resolve()).etcd
+    if is_watch is None:
+        is_watch = sys.stdout.isatty() and not as_json
+    request = kv_pb.WatchHandoffsRequest(instance_id=instance, request_id=request_id)
+    try:
+        asyncio.run(handoffs_command.run(etcd, up_command.NAMESPACE, request, is_watch=is_watch, is_json=as_json))
+    except KeyboardInterrupt:
+        if not is_watch:
+            raise
 
 
 @main.command()

@@ -16,6 +16,8 @@ from baton_runtime.rpc import open_channel
 from rich.console import Console
 from rich.table import Table
 
+from baton_cli.handoff_text import size
+
 ASK_LIMIT_S = 2.0
 
 SERVICE_NAMES = {
@@ -60,6 +62,18 @@ class InstanceReport(msgspec.Struct):
     mismatch_bytes: int | None = None
     live_handoffs_in_books: int | None = None
     agreed_handoffs: int | None = None
+    disagreed_handoffs: int | None = None
+
+
+class LinkReport(msgspec.Struct):
+    """One source a worker pulls from, as that worker tells it."""
+
+    source: str
+    sink: str
+    transport: str
+    reason: str  # why this transport
+    gb_per_s: float  # of the latest operations while they ran
+    pulled_bytes: int
 
 
 class Report(msgspec.Struct):
@@ -68,6 +82,7 @@ class Report(msgspec.Struct):
     etcd: str
     instances: list[InstanceReport]
     problems: list[str]
+    links: list[LinkReport] = []
 
 
 async def collect(etcd: str, namespace: str) -> Report:
@@ -81,14 +96,16 @@ async def collect(etcd: str, namespace: str) -> Report:
         instances = sorted(view.instances.values(), key=lambda i: (i.service, i.instance_id))
     finally:
         await discovery.close()
-    reports = list(await asyncio.gather(*(_report(instance) for instance in instances)))
+    links: dict[tuple[str, str], kv_pb.Link] = {}
+    reports = list(await asyncio.gather(*(_report(instance, links) for instance in instances)))
     problems = [f"{r.instance_id}: {r.state}" for r in reports if r.state != "ok"]
     missing = set(SERVICE_NAMES.values()) - {r.service for r in reports}
     problems += [f"no {name} is registered" for name in sorted(missing - {"prefill"})]
-    return Report(etcd, reports, problems)
+    return Report(etcd, reports, problems, sorted(map(_link, links.values()), key=lambda link: (link.source, link.sink)))
 
 
-async def _report(instance: pb.Instance) -> InstanceReport:
+async def _report(instance: pb.Instance, links: dict[tuple[str, str], kv_pb.Link]) -> InstanceReport:
+    """What an instance says of itself; links: what a kvtransfer knows of links is added. Every kvtransfer knows all: each counts once."""
     report = InstanceReport(
         service=SERVICE_NAMES.get(instance.service, "unknown"),
         instance_id=instance.instance_id,
@@ -107,7 +124,7 @@ async def _report(instance: pb.Instance) -> InstanceReport:
         if instance.service in (pb.SERVICE_PREFILL, pb.SERVICE_DECODE):
             await _ask_worker(instance, report)
         elif instance.service == pb.SERVICE_KVTRANSFER:
-            await _ask_books(instance, report)
+            await _ask_books(instance, report, links)
     except grpc.aio.AioRpcError as error:
         report.state = f"does not answer ({error.code().name})"
     return report
@@ -130,14 +147,33 @@ async def _ask_worker(instance: pb.Instance, report: InstanceReport) -> None:
         report.state = f"{answer.stranded_bytes} stranded bytes"
 
 
-async def _ask_books(instance: pb.Instance, report: InstanceReport) -> None:
+async def _ask_books(instance: pb.Instance, report: InstanceReport, links: dict[tuple[str, str], kv_pb.Link]) -> None:
     async with open_channel(instance.grpc_address) as channel:
         answer = await kv_grpc.KvTransferServiceStub(channel).GetBooks(kv_pb.GetBooksRequest(), timeout=ASK_LIMIT_S)
     report.mismatch_bytes = answer.mismatch_bytes
     report.live_handoffs_in_books = answer.live_handoffs
     report.agreed_handoffs = answer.agreed_handoffs
+    report.disagreed_handoffs = answer.disagreed_handoffs
+    for link in answer.links:
+        pair = (link.sink_incarnation, link.report.source_incarnation)
+        if pair not in links or links[pair].report.pulled_bytes < link.report.pulled_bytes:
+            links[pair] = link
     if answer.mismatch_bytes:
         report.state = f"books differ by {answer.mismatch_bytes} bytes"
+    elif answer.disagreed_handoffs:
+        report.state = f"the two sides of {answer.disagreed_handoffs} handoffs disagree"
+
+
+def _link(link: kv_pb.Link) -> LinkReport:
+    told = link.report
+    return LinkReport(
+        source=link.source_instance_id,
+        sink=link.sink_instance_id,
+        transport=told.transport,
+        reason=told.reason,
+        gb_per_s=round(told.bytes_per_s / 1e9, 3),
+        pulled_bytes=told.pulled_bytes,
+    )
 
 
 def to_json(report: Report) -> str:
@@ -157,9 +193,21 @@ def to_text(report: Report) -> str:
     console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width; 80 would fold every row
     with console.capture() as capture:
         console.print(table)
+        if report.links:
+            console.print(_links_table(report.links))
         for problem in report.problems:
             console.print(f"[red]![/] {problem}", highlight=False)
     return capture.get().rstrip()
+
+
+def _links_table(links: list[LinkReport]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("link", "transport", "GB/s", "bytes", "why"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("GB/s", "bytes") else "left")
+    for link in links:
+        speed = f"{link.gb_per_s:.2f}" if link.gb_per_s else "-"
+        table.add_row(f"{link.source} > {link.sink}", link.transport, speed, size(link.pulled_bytes), link.reason)
+    return table
 
 
 def _holdings(report: InstanceReport) -> Iterable[str]:
