@@ -124,7 +124,7 @@ async def test_forbidden_peer_is_thrown_out_and_stays_out(source, sink):
 
 async def test_source_that_does_not_know_the_secret_is_not_believed(source, sink, monkeypatch):
     """Nobody writes into the sink's blocks but the source it was introduced to."""
-    monkeypatch.setattr(tcp_source.wire, "is_proof", lambda given, secret, side, *rest: side == b"sink")
+    monkeypatch.setattr(source._source.listener, "admit", lambda *_: bytes(16))
     with pytest.raises(TransportUnavailable, match="does not know the pair's secret"):
         await sink.open_peer(source.offer())
 
@@ -187,7 +187,7 @@ async def test_connections_over_the_limit_are_closed(sink):
 
 async def test_connection_that_ended_while_idle_is_made_again(source, sink):
     peer = await sink.open_peer(source.offer())
-    for connection in tuple(source._source._connections):
+    for connection in tuple(source._source.listener._connections):
         tcp_wire.shut(connection)
     await peer.pull([4], [2])
     assert (sink.pool.data[2] == 5).all()
@@ -195,27 +195,49 @@ async def test_connection_that_ended_while_idle_is_made_again(source, sink):
 
 async def test_damaged_bytes_are_noticed(source, sink, monkeypatch):
     peer = await sink.open_peer(source.offer())
-    real = tcp_wire.receive_views
-
-    def receive_views(sock, views, watch):
-        real(sock, views, watch)
-        if views[0].nbytes > 1000:
-            views[0][-1] ^= 4
-
     with monkeypatch.context() as patch:
-        patch.setattr(tcp_wire, "receive_views", receive_views)
+        patch.setattr(tcp_wire, "receive_views", damage_blocks(tcp_wire.receive_views))
         with pytest.raises(ChecksumMismatch, match="checksum of 1 blocks"):
             await peer.pull([1], [1])
+    await peer.pull([1], [1])
+
+
+async def test_swapped_blocks_are_noticed(source, sink, monkeypatch):
+    """A sum would not see it."""
+    peer = await sink.open_peer(source.offer())
+    with monkeypatch.context() as patch:
+        patch.setattr(tcp_source.wire, "send_views", swap_blocks(tcp_wire.send_views))
+        with pytest.raises(ChecksumMismatch, match="checksum of 2 blocks"):
+            await peer.pull([1, 9], [1, 9])
     await peer.pull([1], [1])
 
 
 async def test_checksum_can_be_left_out(source, monkeypatch):
     sink = Sink(TcpConfig(checksum=False))
     await sink.transport.open()
-    monkeypatch.setattr(tcp_wire.PoolBytes, "checksum", lambda *_: 1 / 0)
+    monkeypatch.setattr(tcp_wire, "receive_views", damage_blocks(tcp_wire.receive_views))
     await (await sink.open_peer(source.offer())).pull([1, 9], [3, 4])
     assert (sink.pool.data[3:5, 0] == [2, 10]).all()
     await sink.transport.close()
+
+
+def damage_blocks(real):
+    def receive_views(sock, views, watch):
+        real(sock, views, watch)
+        if views[0].nbytes > 1000:
+            views[0][-1] ^= 4
+
+    return receive_views
+
+
+def swap_blocks(real):
+    def send_views(sock, views, watch):
+        large = [view for view in views if view.nbytes > 1000]
+        if len(large) > 1:
+            views = [*views[: views.index(large[0])], *reversed(large), *views[views.index(large[-1]) + 1 :]]
+        real(sock, views, watch)
+
+    return send_views
 
 
 async def test_peer_killed_in_mid_pull_fails_fast(sink, tmp_path):
@@ -288,7 +310,7 @@ async def test_reader_that_stops_does_not_hold_the_source(source, monkeypatch):
     peer = await sink.open_peer(source.offer())
     async with asyncio.TaskGroup() as group:
         pull = group.create_task(failure(peer.pull(all_blocks(), all_blocks())))
-        while source._source._connections:
+        while source._source.listener._connections:
             await asyncio.sleep(0.02)
         blocked.set()
     assert "bytes" in pull.result()[0]

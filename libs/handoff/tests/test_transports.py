@@ -15,7 +15,8 @@ from baton_handoff.transports.base import MAX_OPERATION_BYTES, PullFailed, Trans
 from baton_handoff.transports.operation import merge_runs
 from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
-from baton_handoff.transports.tcp_wire import PoolBytes
+from baton_handoff.transports.tcp_memory import BlockBytes
+from baton_handoff.transports.tcp_wire import MAX_CALL_BYTES, MAX_CALL_VIEWS
 
 SOURCE, SINK, SECRET = "5" * 16, "d" * 16, bytes(range(16))
 LAYOUT = BlockLayout(num_layers=2, block_tokens=4, num_kv_heads=2, head_dim=32, dtype="float32")  # 4 KiB
@@ -120,7 +121,7 @@ async def test_other_block_size_is_unavailable_and_names_both(kind, workers, tmp
     other = Worker(kind, tmp_path, "e" * 16, 4, BlockLayout(1, 4, 2, 32, "float32"))
     await other.transport.open()
     try:
-        with pytest.raises(TransportUnavailable, match=r"2048 bytes, own ones 4096"):
+        with pytest.raises(TransportUnavailable, match=r"2048 bytes, expected 4096"):
             await sink.open_peer(other)
     finally:
         await other.transport.close()
@@ -181,16 +182,30 @@ def test_runs_merge_only_where_both_sides_are_neighbours():
     assert merge_runs(np.array([3]), np.array([9]), 2) == [(3, 9, 1)]
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, BlockLayout(1, 1, 1, 3, "float16")], ids=["words", "bytes"])
-def test_checksum_finds_a_flipped_byte_and_another_order(layout):
-    pool, _ = PoolMemory.allocate(4, layout, SINK, shared=False)
-    pool.data[:] = np.arange(pool.data.size, dtype=np.uint8).reshape(pool.data.shape)
-    pool.data[2, 0] ^= 1
-    whole = PoolBytes(pool).checksum([0, 1, 2], 0)
-    assert PoolBytes(pool).checksum([2], PoolBytes(pool).checksum([0, 1], 0)) == whole
-    assert PoolBytes(pool).checksum([0, 2, 1], 0) != whole
-    pool.data[1, -1] ^= 128
-    assert PoolBytes(pool).checksum([0, 1, 2], 0) != whole
+@pytest.mark.parametrize("block_bytes", [12, 4096, 65536, MAX_CALL_BYTES, MAX_CALL_BYTES + 8, 3 * MAX_CALL_BYTES + 5])
+@pytest.mark.parametrize("ids", [[0], [3, 4, 5, 0], [5, 3, 1], [2, 2, 3], list(range(6))])
+def test_batches_give_the_blocks_in_order_in_calls_of_bounded_size(block_bytes, ids):
+    data = np.random.default_rng(1).integers(0, 256, (6, block_bytes), np.uint8)
+    batches = list(BlockBytes(data).batches(np.array(ids)))
+    assert b"".join(bytes(view) for views in batches for view in views) == data[ids].tobytes()
+    assert all(0 < sum(view.nbytes for view in views) <= MAX_CALL_BYTES for views in batches)
+    assert len(batches) == -(-len(ids) * block_bytes // MAX_CALL_BYTES)
+
+
+def test_batches_never_hold_more_views_than_a_call_takes():
+    data = np.zeros((2000, 8), np.uint8)
+    ids = np.arange(0, 2000, 2)
+    assert [len(views) for views in BlockBytes(data).batches(ids)] == [MAX_CALL_VIEWS] * 3 + [1000 - 3 * MAX_CALL_VIEWS]
+
+
+def test_neighbouring_blocks_are_one_view():
+    data = np.zeros((100, 4096), np.uint8)
+    assert [[view.nbytes for view in views] for views in BlockBytes(data).batches(np.arange(10, 60))] == [[50 * 4096]]
+
+
+def test_memory_with_gaps_is_refused():
+    with pytest.raises(ValueError, match="not contiguous"):
+        BlockBytes(np.zeros((4, 16), np.uint8)[:, ::2])
 
 
 async def test_shm_is_chosen_first_if_the_token_is_there(tmp_path):

@@ -14,6 +14,8 @@ import grpc
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_runtime.errors import BatonError
 
+from baton_handoff.transports.reslice import Reslice
+
 # An operation is the unit in which blocks are given back after a failure; callers keep it small (docs/handoff.md, section 4).
 MAX_OPERATION_BYTES = 32 << 20
 
@@ -69,6 +71,8 @@ class PeerPool(Protocol):
     async def pull(self, source_block_ids: Sequence[int], dest_block_ids: Sequence[int]) -> PullStats:
         """Copy the peer's blocks source_block_ids into own blocks dest_block_ids, pairwise. One operation; <= MAX_OPERATION_BYTES.
 
+        Where the peer was opened with a reslice, the ids are of its units: each unit of the source becomes one of the own.
+
         When this returns or raises, nothing writes to the destination blocks any more. That includes cancellation: the
         operation is told to stop and CancelledError is raised once it has (a block border for shm, a shut socket for tcp).
 
@@ -102,5 +106,10 @@ class Transport(Protocol):
     def why_not(self, peer: Instance, parameters: bytes) -> str:
         """Why this transport cannot be used with the peer's offer; "" if it may be. Cheap: no connection is made."""
 
-    async def open_peer(self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str) -> PeerPool:
-        """Open the peer's pool for pulls. Raises: TransportUnavailable."""
+    async def open_peer(
+        self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str, reslice: Reslice | None = None
+    ) -> PeerPool:
+        """Open the peer's pool for pulls. Raises: TransportUnavailable.
+
+        reslice: how its blocks become own ones; None (or one that changes nothing): they are equal and copied whole.
+        """

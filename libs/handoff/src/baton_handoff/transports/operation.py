@@ -12,6 +12,7 @@ import numpy.typing as npt
 from baton_engine.pool import KvPool
 
 from baton_handoff.transports.base import MAX_OPERATION_BYTES, PullFailed, PullStats
+from baton_handoff.transports.reslice import Reslice
 
 BlockIds: TypeAlias = npt.NDArray[np.int64]
 NO_BLOCKS: BlockIds = np.empty(0, np.int64)
@@ -38,19 +39,41 @@ def merge_runs(source_ids: BlockIds, dest_ids: BlockIds, max_blocks: int) -> lis
 
 
 def checked_ids(
-    source_ids: Sequence[int], dest_ids: Sequence[int], num_source_blocks: int, pool: KvPool, transport: str
+    source_ids: Sequence[int],
+    dest_ids: Sequence[int],
+    num_source_blocks: int,
+    pool: KvPool,
+    transport: str,
+    reslice: Reslice | None = None,
 ) -> tuple[BlockIds, BlockIds]:
-    """Both as columns. Raises: ValueError about own ids (a bug here), PullFailed about the peer's (it announced nonsense)."""
+    """Both as columns: block ids, or unit ids where blocks are re-sliced.
+
+    Raises: ValueError about own ids (a bug here), PullFailed about the peer's (it announced nonsense).
+    """
+    num_source, num_dest, unit_bytes = num_source_blocks, pool.num_blocks, pool.block_bytes
+    if reslice is not None:
+        num_source, num_dest = num_source * reslice.units_per_source_block, num_dest * reslice.units_per_dest_block
+        unit_bytes = reslice.unit_bytes
     source, dest = np.asarray(source_ids, np.int64), np.asarray(dest_ids, np.int64)
     if source.shape != dest.shape or source.ndim != 1 or not source.size:
         raise ValueError(f"{source.size} source blocks for {dest.size} destination blocks")
-    if dest.size > 1 and dest.size * pool.block_bytes > MAX_OPERATION_BYTES:
-        raise ValueError(f"{dest.size} blocks of {pool.block_bytes} bytes are more than one operation of {MAX_OPERATION_BYTES}")
-    if dest.min() < 0 or dest.max() >= pool.num_blocks:
-        raise ValueError(f"destination block ids {dest.min()}..{dest.max()} in a pool of {pool.num_blocks}")
-    if source.min() < 0 or source.max() >= num_source_blocks:
-        raise PullFailed(transport, f"source block ids {source.min()}..{source.max()} in a pool of {num_source_blocks}")
+    if dest.size > 1 and dest.size * unit_bytes > MAX_OPERATION_BYTES:
+        raise ValueError(f"{dest.size} blocks of {unit_bytes} bytes are more than one operation of {MAX_OPERATION_BYTES}")
+    if dest.min() < 0 or dest.max() >= num_dest:
+        raise ValueError(f"destination block ids {dest.min()}..{dest.max()} in a pool of {num_dest}")
+    if source.min() < 0 or source.max() >= num_source:
+        raise PullFailed(transport, f"source block ids {source.min()}..{source.max()} in a pool of {num_source}")
     return source, dest
+
+
+def peer_block_bytes(pool: KvPool, reslice: Reslice | None) -> int:
+    """What a block of the peer must have: as own ones, unless they are re-sliced."""
+    return pool.block_bytes if reslice is None else reslice.source.block_bytes
+
+
+def unless_identity(reslice: Reslice | None) -> Reslice | None:
+    """None where whole blocks are copied as they are."""
+    return None if reslice is None or reslice.is_identity else reslice
 
 
 class _State(enum.Enum):
@@ -62,9 +85,9 @@ class _State(enum.Enum):
 class Operation:
     """One pull: made on the event loop, run by one thread, ended exactly once.
 
-    The thread calls start(), moves bytes while `stopped` is empty, then end(). Stopping is a request with a reason. One that
-    never started ends at once; a running one ends when its thread says so, because only the thread knows that it has
-    stopped writing.
+    source_ids, dest_ids: of blocks, or of units where blocks are re-sliced. The thread calls start(), moves bytes while `stopped`
+    is empty, then end(). Stopping is a request with a reason. One that never started ends at once; a running one ends when its
+    thread says so, because only the thread knows that it has stopped writing.
     """
 
     def __init__(self, source_ids: BlockIds, dest_ids: BlockIds) -> None:

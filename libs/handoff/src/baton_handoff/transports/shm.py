@@ -1,7 +1,8 @@
 """Pulls between processes that share memory: copy from a read-only mapping of the peer's segment.
 
 The copy is the reader's own: whatever becomes of the owner, the mapping stays readable, and only this process's blocks are
-written. One thread per transport owns all mappings and makes all copies; neighbouring blocks are one copy.
+written. One thread per transport owns all mappings and makes all copies; neighbouring blocks are one copy. There is no checksum:
+the owner takes no part in a copy, so there would be nothing to compare with.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ from baton_engine.pool import KvPool
 from baton_runtime.log import get_logger
 
 from baton_handoff.transports.base import PeerPool, PullFailed, PullStats, TransportUnavailable
-from baton_handoff.transports.operation import Operation, checked_ids, merge_runs
+from baton_handoff.transports.operation import Operation, checked_ids, merge_runs, peer_block_bytes, unless_identity
+from baton_handoff.transports.reslice import Reslice
 from baton_handoff.transports.segment import SHM_DIRECTORY, PoolMemory, SegmentMismatch, SegmentOffer, opened_segment, try_lock
 
 log = get_logger(__name__)
@@ -79,18 +81,19 @@ class ShmPeer:
 
     name = NAME
 
-    def __init__(self, transport: "ShmTransport", offer: SegmentOffer) -> None:
+    def __init__(self, transport: "ShmTransport", offer: SegmentOffer, reslice: Reslice | None = None) -> None:
         self.offer = offer
+        self.reslice = reslice  # None: blocks are copied whole
         self._live: set[Operation] = set()  # on the event loop only
         self._transport = transport
 
     async def pull(self, source_block_ids: Sequence[int], dest_block_ids: Sequence[int]) -> PullStats:
         """Copy blocks; see PeerPool. Ends at the next copy's border (1 MiB) when dropped or cancelled."""
-        ids = checked_ids(source_block_ids, dest_block_ids, self.offer.num_blocks, self._transport.pool, NAME)
+        ids = checked_ids(source_block_ids, dest_block_ids, self.offer.num_blocks, self._transport.pool, NAME, self.reslice)
         operation = Operation(*ids)
         self._live.add(operation)
         try:
-            return await self._transport.run(self.offer, operation)
+            return await self._transport.run(self, operation)
         finally:
             self._live.discard(operation)
 
@@ -112,7 +115,7 @@ class ShmTransport:
         self._problem = memory.problem
         self._directory = directory
         # Bounded by its callers: one operation per handoff.
-        self._queue: queue.SimpleQueue[tuple[SegmentOffer, Operation | None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[SegmentOffer, Reslice | None, Operation | None] | None] = queue.SimpleQueue()
         self._live: set[Operation] = set()  # on the event loop only
         self._lock = threading.Lock()  # guards the dict; what is in it only the thread reads
         self._mappings: dict[bytes, _Mapping] = {}  # by token
@@ -161,40 +164,41 @@ class ShmTransport:
     def why_not(self, peer: Instance, parameters: bytes) -> str:
         """Compares the token in the peer's segment with its offer; see Transport."""
         try:
-            offer = _decode_offer(parameters)
-            if offer.block_bytes != self.pool.block_bytes:
-                return f"the peer's blocks have {offer.block_bytes} bytes, own ones {self.pool.block_bytes}"
-            with opened_segment(offer, self._directory):
+            with opened_segment(_decode_offer(parameters), self._directory):
                 return ""
         except SegmentMismatch as error:
             return str(error)
 
-    async def open_peer(self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str) -> PeerPool:
+    async def open_peer(
+        self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str, reslice: Reslice | None = None
+    ) -> PeerPool:
         """Map the peer's segment; see Transport."""
         if problem := self.why_not(peer, parameters):
             raise TransportUnavailable(NAME, problem)
-        opened = ShmPeer(self, _decode_offer(parameters))
         try:
-            self._map(opened.offer)
-            self._retire_others(opened.offer)
+            offer = _decode_offer(parameters)
+            if offer.block_bytes != (expected := peer_block_bytes(self.pool, reslice)):
+                raise TransportUnavailable(NAME, f"the peer's blocks have {offer.block_bytes} bytes, expected {expected}")
+            self._map(offer)
+            self._retire_others(offer)
         except (SegmentMismatch, OSError) as error:
             raise TransportUnavailable(NAME, str(error)) from error
-        return opened
+        return ShmPeer(self, offer, unless_identity(reslice))
 
-    async def run(self, offer: SegmentOffer, operation: Operation) -> PullStats:
+    async def run(self, peer: ShmPeer, operation: Operation) -> PullStats:
         """Have the owner thread copy; the end of the operation."""
         if self._is_closed or self._thread is None:
             raise PullFailed(NAME, "the transport is closed")
         self._live.add(operation)
         try:
-            self._queue.put((offer, operation))
+            self._queue.put((peer.offer, peer.reslice, operation))
             return await operation.wait(lambda: operation.stop(NAME, "cancelled"))
         finally:
             self._live.discard(operation)
 
     def retire(self, offer: SegmentOffer) -> None:
         """Have the owner thread give a dead owner's memory back, behind the copies queued so far."""
-        self._queue.put((offer, None))
+        self._queue.put((offer, None, None))
 
     def _retire_others(self, offer: SegmentOffer) -> None:
         with self._lock:
@@ -212,33 +216,46 @@ class ShmTransport:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            offer, operation = item
+            offer, reslice, operation = item
             try:
                 if operation is None:
                     self._unmap_if_dead(offer)
                 elif operation.start():
-                    operation.end(*self._copy(offer, operation))
+                    operation.end(*self._copy(offer, reslice, operation))
             except Exception as error:  # supervisor: the thread serves every peer and must outlive one bad operation
                 log.error("shm_operation_failed", exc_info=error)
                 if operation is not None:
                     operation.end(PullFailed(NAME, f"internal error: {type(error).__name__}"))
 
-    def _copy(self, offer: SegmentOffer, operation: Operation) -> tuple[PullFailed | int, int]:
+    def _copy(self, offer: SegmentOffer, reslice: Reslice | None, operation: Operation) -> tuple[PullFailed | int, int]:
         """Returns: failure or number of copies, and bytes."""
         try:
             blocks = self._map(offer).blocks
         except (SegmentMismatch, OSError) as error:
             return PullFailed(NAME, str(error)), 0
+        if reslice is not None:
+            return self._copy_resliced(blocks, reslice, operation)
         dest = self.pool.data
         runs = merge_runs(operation.source_ids, operation.dest_ids, max(1, MAX_COPY_BYTES // offer.block_bytes))
         for num_copies, (source_id, dest_id, num_blocks) in enumerate(runs):
             if operation.stopped:
-                return PullFailed(NAME, f"{operation.stopped} after {num_copies} of {len(runs)} copies"), 0
+                return _stopped(operation, num_copies, len(runs)), 0
             if num_blocks == 1:
                 dest[dest_id] = blocks[source_id]  # half the price of a slice of one
             else:
                 dest[dest_id : dest_id + num_blocks] = blocks[source_id : source_id + num_blocks]
         return len(runs), len(operation.dest_ids) * offer.block_bytes
+
+    def _copy_resliced(self, blocks: npt.NDArray[np.uint8], reslice: Reslice, operation: Operation) -> tuple[PullFailed | int, int]:
+        per_copy = max(1, MAX_COPY_BYTES // reslice.unit_bytes)
+        num_units = len(operation.dest_ids)
+        starts = range(0, num_units, per_copy)
+        for num_copies, start in enumerate(starts):
+            if operation.stopped:
+                return _stopped(operation, num_copies, len(starts)), 0
+            units = slice(start, start + per_copy)
+            reslice.copy(self.pool.data, operation.dest_ids[units], blocks, operation.source_ids[units])
+        return len(starts), num_units * reslice.unit_bytes
 
     def _unmap_if_dead(self, offer: SegmentOffer) -> None:
         # A mapping keeps its pages: without this every restart of a neighbour would cost the host a whole pool.
@@ -249,3 +266,7 @@ class ShmTransport:
             del self._mappings[offer.token]
         mapping.close()
         log.debug("segment_unmapped", path=offer.path)
+
+
+def _stopped(operation: Operation, num_copies: int, num_planned: int) -> PullFailed:
+    return PullFailed(NAME, f"{operation.stopped} after {num_copies} of {num_planned} copies")

@@ -1,134 +1,59 @@
-"""The side that is read: an acceptor thread, and one blocking thread per connected peer that sends blocks as asked.
+"""The side that is read: one blocking thread per connected peer that sends blocks as asked, and turns among them.
 
 It reads the pool while the worker may already have given the blocks away: then the reader gets garbage, its Confirm is
 answered NOT_PINNED, and the bytes are thrown away (docs/handoff.md, rule 3).
+
+At most max_readers operations are answered at a time, in the order in which they were asked for, so that each ends soon and the
+worker's own memory traffic is not drowned. A turn is not held longer than _HOLD_LIMIT_S, nor by a reader that takes nothing for
+_SEND_TICK_S (tcp_wire): such an operation goes on beside the others, for a slow reader costs little and a stopped one nothing.
 """
 
-import secrets
 import socket
-import threading
-import time
-from collections.abc import Callable
 
 import numpy as np
+import xxhash
 from baton_engine.pool import KvPool
 from baton_runtime.log import get_logger
 
 from baton_handoff.transports import tcp_wire as wire
-from baton_handoff.transports.base import MAX_OPERATION_BYTES, TransportUnavailable
+from baton_handoff.transports.base import MAX_OPERATION_BYTES
+from baton_handoff.transports.listener import PairListener
 from baton_handoff.transports.operation import BlockIds
+from baton_handoff.transports.tcp_memory import Batch, BlockBytes
+from baton_handoff.transports.tcp_turns import Turn, Turns
 from baton_handoff.transports.tcp_wire import ConnectionFailed, Status, TcpConfig, Watch
 
 log = get_logger(__name__)
 
-# Secrets kept per peer: every start of every kvtransfer replica draws new ones, and all stay valid.
-MAX_SECRETS_PER_PEER = 16
 _IDLE_LIMIT_S = float("inf")  # TCP keepalive ends a dead connection; a living idle one may stay
+# An operation of 32 MiB needs this at 128 MiB/s.
+_HOLD_LIMIT_S = 0.25
+# How often a reader that waits is told so. It takes us for silent after 2 s.
+_WAITING_TICK_S = 0.5
 
 
 class TcpSource:
-    """Serves the own pool. Methods are called on the event loop; none blocks but close()."""
+    """Serves the own pool to whoever proves the pair's secret."""
 
-    def __init__(self, pool: KvPool, incarnation: str, config: TcpConfig) -> None:
+    def __init__(self, pool: KvPool, memory: BlockBytes, incarnation: str, config: TcpConfig) -> None:
+        """memory: the pool's."""
         self._pool = pool
-        self._memory = wire.PoolBytes(pool)
+        self._memory = memory
         self._incarnation = incarnation
         self._config = config
-        self._lock = threading.Lock()  # guards what follows
-        self._secrets: dict[str, list[bytes]] = {}
-        self._connections: dict[socket.socket, str] = {}  # to the incarnation it proved; "" before
-        self._threads: set[threading.Thread] = set()
-        self._is_closed = False
-        self._listener: socket.socket | None = None
-        self.port = 0
-
-    def open(self, host: str, port: int) -> None:
-        """Listen. Raises: TransportUnavailable."""
-        try:
-            family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self._listener = socket.create_server(address[:2], family=family, backlog=128)
-        except OSError as error:
-            raise TransportUnavailable("tcp", f"cannot listen on {host}:{port}: {error}") from error
-        self.port = self._listener.getsockname()[1]
-        self._start_thread(self._accept, self._listener, name="tcp-source-accept")
-
-    def allow(self, peer_incarnation: str, pair_secret: bytes) -> None:
-        """Accept proofs made with this secret from this peer."""
-        with self._lock:
-            known = self._secrets.setdefault(peer_incarnation, [])
-            if pair_secret not in known:
-                known.append(pair_secret)
-                del known[:-MAX_SECRETS_PER_PEER]
-
-    def forbid(self, peer_incarnation: str) -> None:
-        """Accept nothing more from this peer and end what it reads."""
-        with self._lock:
-            self._secrets.pop(peer_incarnation, None)
-            for sock, incarnation in self._connections.items():
-                if incarnation == peer_incarnation:
-                    wire.shut(sock)
-
-    def close(self, limit_s: float) -> None:
-        """End all threads; waits at most limit_s. Blocks: call it in a thread."""
-        with self._lock:
-            self._is_closed = True
-            for sock in self._connections:
-                wire.shut(sock)
-            threads = set(self._threads)
-        if self._listener is not None:
-            wire.shut(self._listener)
-        deadline_s = time.monotonic() + limit_s
-        for thread in threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
-
-    def _start_thread(self, target: Callable[[socket.socket], None], sock: socket.socket, name: str) -> None:
-        def work() -> None:
-            try:
-                target(sock)
-            except Exception as error:  # supervisor: one broken connection must not go unseen, nor end the others
-                log.error("tcp_source_thread_failed", thread=name, exc_info=error)
-            finally:
-                with self._lock:
-                    self._connections.pop(sock, None)
-                    self._threads.discard(thread)
-                sock.close()
-
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        with self._lock:
-            self._threads.add(thread)
-        thread.start()
-
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError:
-                with self._lock:
-                    if self._is_closed:
-                        return
-                time.sleep(0.05)  # out of descriptors: accept fails at once until some are free
-                continue
-            with self._lock:
-                is_full = self._is_closed or len(self._connections) >= self._config.max_connections
-                if not is_full:
-                    self._connections[sock] = ""
-            if is_full:
-                sock.close()
-            else:
-                self._start_thread(self._serve, sock, name="tcp-source")
+        self._max_blocks = max(1, MAX_OPERATION_BYTES // pool.block_bytes)
+        self._turns = Turns(config.max_readers)
+        self.listener = PairListener("tcp", self._serve, config.max_connections)
 
     def _serve(self, sock: socket.socket) -> None:
-        try:
-            wire.prepare(sock)
-            if self._is_welcome(sock):
-                while self._answer(sock):
-                    pass
-        except (ConnectionFailed, OSError) as error:
-            log.debug("tcp_source_connection_ended", why=str(error))
+        wire.prepare(sock)
+        if self._is_welcome(sock):
+            while True:
+                self._answer(sock)
 
     def _is_welcome(self, sock: socket.socket) -> bool:
         watch = Watch(self._config.silence_limit_s, self._config.connect_limit_s)
-        challenge = wire.CHALLENGE.pack(wire.MAGIC, secrets.token_bytes(wire.NONCE_BYTES))
+        challenge = wire.CHALLENGE.pack(wire.MAGIC, wire.nonce())
         wire.send_views(sock, [memoryview(challenge)], watch)
         hello = wire.receive(sock, wire.HELLO.size, watch)
         given = wire.receive(sock, wire.MAC_BYTES, watch)
@@ -140,40 +65,78 @@ class TcpSource:
 
     def _judge(self, sock: socket.socket, challenge: bytes, hello: bytes, given: bytes) -> tuple[Status, bytes]:
         sink, source, block_bytes, _ = wire.HELLO.unpack(hello)
-        peer = sink.rstrip(b"\0").decode("ascii", "replace")
-        with self._lock:
-            # All secrets are tried, so that the time taken does not tell which one is nearly right.
-            fitting = [s for s in self._secrets.get(peer, []) if wire.is_proof(given, s, b"sink", challenge, hello)]
-            if not fitting or not peer:
-                return Status.REFUSED, bytes(wire.MAC_BYTES)
-            # Under the lock: from here on forbid() finds this connection.
-            self._connections[sock] = peer
+        secret = self.listener.admit(sock, _text(sink), given, lambda known: wire.proof(known, b"sink", challenge, hello))
+        if not secret:
+            return Status.REFUSED, bytes(wire.MAC_BYTES)
         status = Status.OK
-        if source.rstrip(b"\0").decode("ascii", "replace") != self._incarnation:
+        if _text(source) != self._incarnation:
             status = Status.WRONG_LIFE
         elif block_bytes != self._pool.block_bytes:
             status = Status.WRONG_LAYOUT
-        return status, wire.proof(fitting[0], b"source", challenge, hello)
+        return status, wire.proof(secret, b"source", challenge, hello)
 
-    def _answer(self, sock: socket.socket) -> bool:
-        """Serve one request. False: the connection is over."""
+    def _answer(self, sock: socket.socket) -> None:
+        """Serve one request. Raises: ConnectionFailed when the connection is over."""
         request = wire.receive(sock, wire.REQUEST.size, Watch(_IDLE_LIMIT_S, _IDLE_LIMIT_S))
         magic, operation, flags, num_blocks = wire.REQUEST.unpack(request)
-        if magic != wire.REQUEST_MAGIC or not 0 < num_blocks <= max(1, MAX_OPERATION_BYTES // self._pool.block_bytes):
+        if magic != wire.REQUEST_MAGIC or not 0 < num_blocks <= self._max_blocks:
             raise ConnectionFailed(f"a request for {num_blocks} blocks with magic {magic!r}")
         watch = Watch(self._config.silence_limit_s, self._config.operation_limit_s)
         block_ids = np.frombuffer(wire.receive(sock, 4 * num_blocks, watch), "<u4").astype(np.int64)
-        is_in_range = bool(block_ids.max() < self._pool.num_blocks)
-        head = wire.ANSWER.pack(wire.ANSWER_MAGIC, operation, Status.OK if is_in_range else Status.OUT_OF_RANGE)
-        wire.send_views(sock, [memoryview(head)], watch)
-        if is_in_range:
-            self._send_blocks(sock, block_ids, bool(flags & wire.FLAG_CHECKSUM), watch)
-        return True
+        if block_ids.max() >= self._pool.num_blocks:
+            wire.send_views(sock, [_head(operation, Status.OUT_OF_RANGE)], watch)
+            return
+        turn = self._turns.ask()
+        try:
+            while not turn.wait(_WAITING_TICK_S):
+                wire.send_views(sock, [_head(operation, Status.WAITING)], watch)
+            self._send_blocks(sock, operation, block_ids, bool(flags & wire.FLAG_CHECKSUM), turn)
+        finally:
+            turn.give_back()
 
-    def _send_blocks(self, sock: socket.socket, block_ids: BlockIds, with_checksum: bool, watch: Watch) -> None:
-        checksum = 0
-        for batch in self._memory.batches(block_ids):
-            if with_checksum:
-                checksum = self._memory.checksum(batch.block_ids, checksum)
-            wire.send_views(sock, batch.views, watch)
-        wire.send_views(sock, [memoryview(wire.TRAILER.pack(checksum))], watch)
+    def _send_blocks(self, sock: socket.socket, operation: int, block_ids: BlockIds, with_checksum: bool, turn: Turn) -> None:
+        watch = _TurnWatch(self._config, turn)
+        checksum = xxhash.xxh3_64()
+        left_bytes = len(block_ids) * self._pool.block_bytes
+        head = [_head(operation, Status.OK)]  # travels with the first bytes, as the checksum does with the last
+        for views in self._memory.batches(block_ids):
+            left_bytes -= sum(map(len, views))
+            if left_bytes:
+                wire.send_views(sock, head + views, watch)
+                # Afterwards: the bytes are in the cache then, and the reader has something to do meanwhile.
+                _add(checksum, views if with_checksum else [])
+            else:
+                _add(checksum, views if with_checksum else [])
+                trailer = wire.TRAILER.pack(checksum.intdigest() if with_checksum else 0)
+                wire.send_views(sock, [*head, *views, memoryview(trailer)], watch)
+            head = []
+
+
+class _TurnWatch(Watch):
+    """Gives the turn back when the reader takes nothing, or needs long."""
+
+    def __init__(self, config: TcpConfig, turn: Turn) -> None:
+        super().__init__(config.silence_limit_s, config.operation_limit_s)
+        self._turn = turn
+
+    def progressed(self, call_began_s: float, num_bytes: int) -> None:
+        super().progressed(call_began_s, num_bytes)
+        if self._turn.held_s(call_began_s) > _HOLD_LIMIT_S:
+            self._turn.give_back()
+
+    def timed_out(self) -> None:
+        self._turn.give_back()
+        super().timed_out()
+
+
+def _head(operation: int, status: Status) -> memoryview:
+    return memoryview(wire.ANSWER.pack(wire.ANSWER_MAGIC, operation, status))
+
+
+def _add(checksum: xxhash.xxh3_64, views: Batch) -> None:
+    for view in views:
+        checksum.update(view)
+
+
+def _text(field: bytes) -> str:
+    return field.rstrip(b"\0").decode("ascii", "replace")
