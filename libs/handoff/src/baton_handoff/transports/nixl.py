@@ -105,7 +105,7 @@ class NixlTransport:
     async def open(self) -> None:
         """Make the first agent and listen for peers; see Transport. Raises: TransportUnavailable."""
         try:
-            await asyncio.to_thread(self._maker.refill)
+            await asyncio.to_thread(self._maker.prepare)
         except NixlFailed as error:
             raise TransportUnavailable(NAME, f"{error}; {_environment()}") from error
         host, _ = split_address(self._listen)

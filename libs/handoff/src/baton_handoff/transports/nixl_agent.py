@@ -56,9 +56,11 @@ class NixlAgent:
         self._scratch = np.zeros(TOKEN_BYTES, np.uint8)
         self._remote: RemotePool | None = None
         self._remote_name = ""
-        self._lists: tuple[Any, Any] | None = None  # own blocks, the peer's blocks
+        self._lists: tuple[Any, Any] | None = None  # own blocks or rows of the staging buffer, the peer's blocks
+        self.staging: npt.NDArray[np.uint8] = np.empty((0, 0), np.uint8)  # shape (rows, bytes of the peer's blocks)
         self._transfers: dict[int, Any] = {}
         self._next_transfer = 1
+        self._is_destroyed = False
         with self._translated("making an agent"):
             # UCX is made by hand, because only so it can be given settings.
             config = library.api.nixl_agent_config(enable_prog_thread=False, backends=[])
@@ -81,19 +83,26 @@ class NixlAgent:
         with self._translated("progressing"):
             self._agent.get_new_notifs()
 
-    def connect(self, remote: RemotePool, own_block_bytes: int) -> None:
-        """Load the peer's metadata and prepare lists of all blocks of both pools. Once per agent."""
-        own, device = self._place, remote.device or 0
+    def connect(self, remote: RemotePool, own_block_bytes: int, staging_rows: int) -> None:
+        """Load the peer's metadata and prepare lists of all blocks. Once per agent.
+
+        staging_rows: 0 to read into own blocks, else the rows of a buffer to read into, of the size of the peer's blocks.
+        """
+        own = self._place
+        if staging_rows:
+            self.staging = np.empty((staging_rows, remote.block_bytes), np.uint8)
+            own, own_block_bytes = MemoryPlace(self.staging.ctypes.data, self.staging.nbytes), remote.block_bytes
+            with self._translated(f"registering {own.num_bytes} bytes"):
+                self._agent.register_memory([(own.address, own.num_bytes, 0, "")], "DRAM")
         with self._translated("adding the peer's agent"):
             self._remote_name = self._agent.add_remote_agent(remote.metadata)
             self._agent.make_connection(self._remote_name)
-        num_own = own.num_bytes // own_block_bytes
-        # One row stands for all blocks: address, length, device, stride, count.
-        here = np.array([[own.address, own_block_bytes, own.device or 0, own_block_bytes, num_own]], np.uint64)
-        there = np.array([[remote.address, remote.block_bytes, device, remote.block_bytes, remote.num_blocks]], np.uint64)
-        with self._translated(f"preparing {num_own} own blocks and {remote.num_blocks} of the peer"):
-            local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", here, _kind(own.device))
-            self._lists = (local, self._agent.prep_xfer_dlist(self._remote_name, there, _kind(remote.device)))
+        there = MemoryPlace(remote.address, remote.num_blocks * remote.block_bytes, remote.device)
+        with self._translated(f"preparing {remote.num_blocks} blocks of the peer"):
+            local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", _all_blocks(own, own_block_bytes), _kind(own.device))
+            self._lists = (local, None)
+            blocks = _all_blocks(there, remote.block_bytes)
+            self._lists = (local, self._agent.prep_xfer_dlist(self._remote_name, blocks, _kind(remote.device)))
         self._remote = remote
 
     def post_token(self) -> int:
@@ -107,7 +116,10 @@ class NixlAgent:
         return secrets.compare_digest(self._scratch.tobytes(), self._remote.token)
 
     def post_blocks(self, source_ids: BlockIds, dest_ids: BlockIds) -> int:
-        """Begin to read whole blocks of the peer into own ones. Where the peer's kernel does it all, returns when it is done."""
+        """Begin to read whole blocks of the peer into own ones, or into rows of the buffer.
+
+        Where the kernel does it all, this returns when it is done.
+        """
         assert self._lists is not None
         local, remote = self._lists
         with self._translated(f"posting a read of {source_ids.size} blocks"):
@@ -133,14 +145,14 @@ class NixlAgent:
         with self._translated("releasing a transfer"):
             handle.release()
 
-    def destroy(self) -> None:
+    def destroy(self) -> bool:
         """End the agent and with it everything it reads or lets read; holds the interpreter lock for about 10 ms. Idempotent.
 
-        Raises: RuntimeError if something keeps nixl's object alive: then nobody may believe that it writes nothing any more.
+        Returns: False if something keeps nixl's object alive. Then nobody may believe that it writes nothing any more.
         """
         if self._agent is None:
-            return
-        for handle in (*self._transfers.values(), *(self._lists or ())):
+            return self._is_destroyed
+        for handle in (*self._transfers.values(), *(prepared for prepared in self._lists or () if prepared is not None)):
             try:
                 handle.release()
             except self._library.errors as error:
@@ -152,8 +164,10 @@ class NixlAgent:
         self._agent = None
         if remains() is not None:
             gc.collect()
-        if remains() is not None:
-            raise RuntimeError(f"nixl agent {self.name} cannot be ended: it is still referred to")
+        self._is_destroyed = remains() is None
+        if not self._is_destroyed:
+            log.error("nixl_agent_not_ended", agent=self.name)
+        return self._is_destroyed
 
     def _post_ranges(self, kind: str, here: Any, remote_kind: str, there: Any, num_bytes: int, devices: tuple[int, int]) -> int:
         with self._translated(f"posting a read of {len(here)} ranges of {num_bytes} bytes"):
@@ -200,7 +214,14 @@ class AgentMaker:
         return spare or self._made()
 
     def refill(self) -> None:
-        """Make the one for the next user, unless there is one. Raises: NixlFailed."""
+        """Make the one for the next user, unless there is one. One that cannot be made is missed when it is needed."""
+        try:
+            self.prepare()
+        except NixlFailed as error:
+            log.warning("nixl_agent_failed", why=str(error))
+
+    def prepare(self) -> None:
+        """As refill. Raises: NixlFailed."""
         with self._lock:
             if self._spare is not None or self._is_closed:
                 return
@@ -225,6 +246,11 @@ class AgentMaker:
 
 def _kind(device: int | None) -> str:
     return _KINDS[device is not None]
+
+
+def _all_blocks(place: MemoryPlace, block_bytes: int) -> npt.NDArray[np.uint64]:
+    """One row stands for all: address, length, device, stride, count."""
+    return np.array([[place.address, block_bytes, place.device or 0, block_bytes, place.num_bytes // block_bytes]], np.uint64)
 
 
 def _ranges(addresses: Any, num_bytes: int, device: int) -> npt.NDArray[np.uint64]:

@@ -97,7 +97,9 @@ def _import_first() -> Any:
             return importlib.import_module(f"{name}._api")
         except ImportError as error:
             problems.append(f"{name}: {error}")
-    raise NixlMissing(f"nixl cannot be loaded ({'; '.join(problems)}); install the extra baton-handoff[nixl], or take nixl out of the setting")
+    raise NixlMissing(
+        f"nixl cannot be loaded ({'; '.join(problems)}); install the extra baton-handoff[nixl], or take nixl out of the setting"
+    )
 
 
 def _version(distribution: str) -> str:

@@ -4,6 +4,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from baton_handoff.transports import tcp_wire as wire
 from baton_handoff.transports.base import PullFailed
 from baton_handoff.transports.nixl_agent import AgentMaker, NixlAgent
 from baton_handoff.transports.nixl_config import NixlConfig
+from baton_handoff.transports.nixl_landing import Landing
 from baton_handoff.transports.nixl_library import NixlFailed
 from baton_handoff.transports.operation import Operation
 from baton_handoff.transports.reslice import Reslice
@@ -45,7 +47,8 @@ class Target:
 @dataclass(slots=True)
 class _Live:
     operation: Operation
-    transfer: int
+    transfers: Iterator[int]  # the reads it is made of, one after the other
+    transfer: int  # the one that runs
     deadline_s: float
     stop_by_s: float = float("inf")  # once it is not wanted any more
 
@@ -60,6 +63,7 @@ class Reader:
     def __init__(self, target: Target, pool: KvPool, maker: AgentMaker, config: NixlConfig, *, emulation: bool) -> None:
         self._target = target
         self._pool = pool
+        self._landing = Landing(pool, target.reslice)
         self._maker = maker
         self._config = config
         self._emulation = emulation
@@ -110,6 +114,8 @@ class Reader:
     def _turn(self) -> bool:
         """Take up what is queued, look after what runs. False: dropped."""
         try:
+            if self._live and self._landing.staging_rows:
+                raise queue.Empty  # there is one buffer
             operation = self._queue.get(timeout=_IDLE_TICK_S) if not self._live else self._queue.get_nowait()
         except queue.Empty:
             self._look_after(nap=bool(self._live))
@@ -123,16 +129,18 @@ class Reader:
         return True
 
     def _take_up(self, operation: Operation) -> None:
-        why = ""
+        why, is_hopeless = "", False
         try:
             self._post(operation)
         except (NixlFailed, ConnectionFailed) as error:
             why = str(error)
             is_hopeless = isinstance(error, ConnectionFailed) and error.is_silence
+        except Exception as error:  # supervisor: whatever happened, this operation must end
+            log.error("nixl_operation_failed", exc_info=error)
+            why = f"internal error: {type(error).__name__}"
         # Not in the except clause: the error refers to frames, and those to what has to be gone with the agent.
         if why:
-            self._give_up(why)
-            operation.end(PullFailed(NAME, f"{operation.stopped}: {why}" if operation.stopped else why))
+            self._give_up(why, operation)
             if is_hopeless and not operation.stopped:
                 self._fail_queued(why)
 
@@ -146,12 +154,9 @@ class Reader:
             raise ConnectionFailed("the peer has closed the connection")
         if self._emulation and not self._live:
             self._say(nixl_wire.HOT)
-        reslice = self._target.reslice
-        if reslice is None:
-            transfer = agent.post_blocks(operation.source_ids, operation.dest_ids)
-        else:
-            transfer = agent.post_ranges(*reslice.descriptors(operation.source_ids, operation.dest_ids))
-        self._live.append(_Live(operation, transfer, time.monotonic() + self._config.operation_limit_s))
+        deadline_s = time.monotonic() + self._config.operation_limit_s
+        transfers = self._landing.transfers(agent, operation.source_ids, operation.dest_ids)
+        self._live.append(_Live(operation, transfers, next(transfers), deadline_s))
         self._look_after(nap=False)
 
     def _look_after(self, *, nap: bool) -> None:
@@ -164,11 +169,8 @@ class Reader:
             if not self._live:
                 agent.progress()  # keeps what came meanwhile from piling up
             for live in tuple(self._live):
-                if agent.is_done(live.transfer):
-                    self._finish(agent, live)
-                else:
-                    why = why or self._why_end(live)
-        except NixlFailed as error:
+                why = why or self._advance(agent, live)
+        except (NixlFailed, ConnectionFailed) as error:
             why = str(error)
         if self._live and not why and self._is_over():
             why = "the peer has closed the connection"
@@ -180,14 +182,26 @@ class Reader:
         elif nap and self._live:
             time.sleep(_nap_s(time.monotonic() - self._live[-1].deadline_s + self._config.operation_limit_s))
 
-    def _finish(self, agent: NixlAgent, live: _Live) -> None:
-        agent.release(live.transfer)
+    def _advance(self, agent: NixlAgent, live: _Live) -> str:
+        """Take an operation as far as it goes now. Returns: why the agent must go for its sake; "" if it need not."""
+        while agent.is_done(live.transfer):
+            agent.release(live.transfer)
+            following = next(live.transfers, None)
+            if following is None:
+                self._finish(live)
+                return ""
+            live.transfer = following
+            if why := self._why_end(live):
+                return why
+        return self._why_end(live)
+
+    def _finish(self, live: _Live) -> None:
         self._live.remove(live)
-        if self._emulation and not self._live:
-            self._say(nixl_wire.CALM)
         operation = live.operation
         num_runs = 1 + int(np.count_nonzero((np.diff(operation.source_ids) != 1) | (np.diff(operation.dest_ids) != 1)))
-        operation.end(num_runs, operation.dest_ids.size * self._unit_bytes())
+        operation.end(num_runs, operation.dest_ids.size * self._landing.unit_bytes)
+        if self._emulation and not self._live:
+            self._say(nixl_wire.CALM)
 
     def _why_end(self, live: _Live) -> str:
         """Why the agent must go for this operation's sake; "" while it may go on."""
@@ -207,19 +221,20 @@ class Reader:
         self._next_control_s = now_s + _CONTROL_TICK_S
         return self._sock is None or nixl_wire.heard(self._sock, is_waiting=False) is not None
 
-    def _give_up(self, why: str) -> None:
-        """End the agent, the connection, and then the operations."""
+    def _give_up(self, why: str, *failed: Operation) -> None:
+        """End the agent, the connection, and then the operations: those that failed to begin and those that run."""
         with self._lock:
             sock, self._sock = self._sock, None
             self._connecting = None
         agent, self._agent = self._agent, None
-        if agent is not None:
-            agent.destroy()
+        live, self._live = self._live, []
         if sock is not None:
             sock.close()
-        live, self._live = self._live, []
-        for ended in live:
-            ended.operation.end(PullFailed(NAME, f"{ended.operation.stopped}: {why}" if ended.operation.stopped not in ("", why) else why))
+        if agent is not None and not agent.destroy():
+            return  # never seen; it may still write, so these operations never end, and nobody gets their blocks
+        for operation in (*failed, *(ended.operation for ended in live)):
+            stopped = operation.stopped
+            operation.end(PullFailed(NAME, f"{stopped}: {why}" if stopped and stopped != why else why))
 
     def _fail_queued(self, why: str) -> None:
         try:
@@ -259,7 +274,7 @@ class Reader:
             shape = f"{remote.num_blocks} x {remote.block_bytes}"
             raise ConnectionFailed(f"a pool of {shape} bytes, offered {target.num_blocks} x {target.block_bytes}", is_silence=True)
         self._agent = agent = self._maker.take()
-        agent.connect(remote, self._pool.block_bytes)
+        agent.connect(remote, self._pool.block_bytes, self._landing.staging_rows)
         # The first read makes UCX connect, and shows that reads end up in the memory that is meant.
         transfer = agent.post_token()
         ends_s = time.monotonic() + limit_s
@@ -277,9 +292,6 @@ class Reader:
     def _say(self, word: bytes) -> None:
         if self._sock is not None:
             wire.send_views(self._sock, [memoryview(word)], Watch(self._config.connect_limit_s, self._config.connect_limit_s))
-
-    def _unit_bytes(self) -> int:
-        return self._pool.block_bytes if self._target.reslice is None else self._target.reslice.unit_bytes
 
 
 def _nap_s(running_s: float) -> float:
