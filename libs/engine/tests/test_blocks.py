@@ -400,3 +400,88 @@ def test_unpublished_blocks_are_free_once_nobody_holds_them_and_never_published_
     manager.release("b")
     manager.check()
     assert (manager.counts().free, manager.counts().cached) == (7, 1)
+
+
+def test_cached_run_is_pinned_for_a_fetch_and_cannot_be_evicted():
+    manager = BlockManager(4)
+    cache(manager, "abc")
+    ids = manager.pin_cached("fetch", 1, chain("abcd")[1:], most=8)
+    assert len(ids) == 2
+    assert manager.counts() == BlockCounts(total=4, free=1, cached=1, pinned=2, reserved=0, used=0)
+    assert manager.pinned_owners() == {"fetch": 2}
+    manager.acquire("own", [], 2)
+    with pytest.raises(CacheFull):
+        manager.acquire("other", [], 1)
+    manager.unpin("fetch", 2)
+    assert manager.held("fetch") == 1
+    manager.unpin("fetch")
+    assert manager.counts().cached == 2
+    manager.check()
+
+
+def test_block_in_use_can_be_pinned_for_a_fetch_and_survives_its_sequence():
+    manager = BlockManager(2)
+    manager.acquire("a", [], 1)
+    manager.publish("a", 0, b"x")
+    (block,) = manager.pin_cached("fetch", 0, [b"x"], most=1)
+    assert manager.counts().used == 1
+    manager.release("a")
+    assert manager.counts().pinned == 1
+    assert manager.acquire("b", [b"x"], 1) == 1
+    assert manager.table("b") == (block,)
+    manager.release("b")
+    manager.unpin("fetch")
+    assert manager.counts().cached == 1
+    manager.check()
+
+
+def test_nothing_cached_pins_nothing():
+    manager = BlockManager(2)
+    assert manager.pin_cached("fetch", 0, [b"x"], most=4) == ()
+    assert manager.pinned_owners() == {}
+
+
+def test_blocks_taken_back_are_not_trusted_for_a_fetch():
+    manager = BlockManager(2)
+    manager.acquire("a", [], 1)
+    manager.publish("a", 0, b"x")
+    manager.pin_cached("fetch", 0, [b"x"], most=1)
+    assert manager.is_trusted("fetch")
+    manager.unpublish("a")
+    assert not manager.is_trusted("fetch")
+    manager.release("a")
+    manager.unpin("fetch")
+    assert manager.counts().free == 2
+    manager.check()
+
+
+def test_rematch_takes_what_was_cached_meanwhile_and_frees_its_own():
+    manager = BlockManager(8)
+    assert manager.acquire("a", chain("abcd"), 4) == 0
+    cache(manager, "abc")
+    assert manager.rematch("a", chain("abcd")) == 3
+    assert manager.prefix("a") == TablePrefix(shared=3, ready=3)
+    assert manager.counts() == BlockCounts(total=8, free=4, cached=0, pinned=0, reserved=0, used=4)
+    manager.release("a")
+    assert manager.counts().cached == 3
+    manager.check()
+
+
+def test_rematch_needs_no_room():
+    manager = BlockManager(4)
+    manager.acquire("other", [], 1)
+    manager.publish("other", 0, b"a")
+    manager.acquire("a", [], 3)
+    assert manager.counts().free == 0
+    assert manager.rematch("a", [b"a"]) == 1
+    assert manager.table("a")[0] == manager.table("other")[0]
+    assert manager.counts().free == 1
+    manager.check()
+
+
+def test_rematch_of_a_table_that_was_written_to_is_refused():
+    manager = BlockManager(4)
+    manager.acquire("a", [], 2)
+    manager.publish("a", 0, b"a")
+    with pytest.raises(ValueError, match="untouched"):
+        manager.rematch("a", [b"a", b"b"])

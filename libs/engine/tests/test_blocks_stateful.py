@@ -113,6 +113,31 @@ class Blocks(RuleBasedStateMachine):
         for index, block in enumerate(self.manager.pin(owner, first, count), first):
             self.pins.setdefault(owner, {}).setdefault(index, (block, self.expected[owner][index]))
 
+    @rule(number=OWNERS, text=TEXTS, first=st.integers(0, 3), most=st.integers(0, 5))
+    def pin_cached(self, number: int, text: str, first: int, most: int) -> None:
+        owner, hashes = self.fresh_owner(number), chain(text)[first:]
+        matched = min(most, self.manager.match_prefix(hashes))
+        blocks = self.manager.pin_cached(owner, first, hashes, most)
+        assert [self.memory[block] for block in blocks] == hashes[:matched]
+        if blocks:
+            self.pins[owner] = {index: (block, self.memory[block]) for index, block in enumerate(blocks, first)}
+
+    @rule(number=OWNERS)
+    def rematch(self, number: int) -> None:
+        owner = self.owner(number)
+        if owner is None:
+            return
+        hashes, length, before = chain(self.text[owner]), len(self.manager.table(owner)), self.manager.prefix(owner).shared
+        try:
+            shared = self.manager.rematch(owner, hashes)
+        except ValueError:
+            is_touched = any(isinstance(content, bytes) for content in self.expected[owner][before:])
+            assert is_touched or self.num_reserved[owner] or owner in self.pins
+            return
+        assert shared == max(before, min(length, self.manager.match_prefix(hashes)))
+        assert len(self.manager.table(owner)) == length
+        self.expected[owner][:shared] = hashes[:shared]
+
     @precondition(lambda self: self.pins)
     @rule(data=st.data(), end=st.none() | st.integers(0, 7))
     def unpin(self, data: st.DataObject, end: int | None) -> None:
