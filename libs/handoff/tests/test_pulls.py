@@ -9,6 +9,7 @@ from baton_handoff.ids import FailureCause, HandoffKey
 from baton_handoff.introductions import Introductions
 from baton_handoff.pulls import Puller
 from baton_handoff.transports.base import ChecksumMismatch, PullFailed, PullStats, TransportUnavailable
+from baton_handoff.transports.reslice import Reslice
 from baton_runtime.testing import wait_until
 
 START = StartPull(HandoffKey("r", 1, "d"), 1, "p", Priority.INTERACTIVE, (1, 2), (3, 4))
@@ -47,7 +48,9 @@ class FakeTransport:
     def why_not(self, peer: Instance, parameters: bytes) -> str:
         return ""
 
-    async def open_peer(self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str) -> FakePool:
+    async def open_peer(
+        self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str, reslice: Reslice | None = None
+    ) -> FakePool:
         self.secrets.append(pair_secret)
         if self.opens is None:
             await asyncio.Event().wait()

@@ -37,8 +37,11 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 class SimWorker:
     """A worker over a DrivenEngine; checks the bytes of every handoff that completes."""
 
-    def __init__(self, name: str, transports: Sequence[str], exporter: InMemorySpanExporter) -> None:
+    def __init__(
+        self, name: str, transports: Sequence[str], exporter: InMemorySpanExporter, block_tokens: int = BLOCK_TOKENS, num_shards: int = 1
+    ) -> None:
         self.name = name
+        self._cut = (block_tokens, num_shards)
         self.incarnation = new_incarnation()
         self.registry = CollectorRegistry()
         self.prefilled: dict[str, HandoffEnd] = {}
@@ -52,9 +55,12 @@ class SimWorker:
         self.record = Instance()
 
     async def __aenter__(self) -> "SimWorker":
-        loaded = build_engine("sim", None, "instant", block_tokens=BLOCK_TOKENS, max_chunk_tokens=32)
+        block_tokens, num_shards = self._cut
+        loaded = build_engine(
+            "sim", None, "instant", block_tokens=block_tokens, hash_block_tokens=BLOCK_TOKENS, num_shards=num_shards, max_chunk_tokens=32
+        )
         self.layout = loaded.layout
-        pool, memory = PoolMemory.allocate(NUM_BLOCKS, loaded.layout, self.incarnation)
+        pool, memory = PoolMemory.allocate(NUM_BLOCKS * BLOCK_TOKENS // block_tokens, loaded.layout, self.incarnation)
         self._stack.callback(memory.close)
         self.engine = loaded.bind(pool)
         await self.engine.open()
@@ -134,10 +140,16 @@ def request(name: str, tokens: Sequence[int], work: Work) -> EngineRequest:
 
 @contextlib.asynccontextmanager
 async def pair(
-    p_names: Sequence[str], d_names: Sequence[str], exporter: InMemorySpanExporter | None = None
+    p_names: Sequence[str],
+    d_names: Sequence[str],
+    exporter: InMemorySpanExporter | None = None,
+    *,
+    p_cut: tuple[int, int] = (BLOCK_TOKENS, 1),
+    d_cut: tuple[int, int] = (BLOCK_TOKENS, 1),
 ) -> AsyncIterator[tuple[SimWorker, SimWorker]]:
+    """p_cut, d_cut: tokens per block and shards."""
     exporter = exporter or InMemorySpanExporter()
-    async with SimWorker("p", p_names, exporter) as p, SimWorker("d", d_names, exporter) as d:
+    async with SimWorker("p", p_names, exporter, *p_cut) as p, SimWorker("d", d_names, exporter, *d_cut) as d:
         for own, peer in ((p, d), (d, p)):
             own.manager.introductions.add(kv_pb.Introduction(peer=peer.record, pair_secret=b"secret of 16 by."))
         yield p, d
@@ -170,6 +182,25 @@ async def test_forty_prompts_arrive_byte_for_byte_and_leave_nothing(names: list[
 
 
 @needs_shm
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+@pytest.mark.parametrize(
+    ("p_cut", "d_cut"),
+    [((8, 1), (8, 2)), ((8, 2), (8, 1)), ((8, 2), (8, 4)), ((8, 1), (32, 1)), ((32, 1), (8, 1)), ((32, 4), (16, 2)), ((8, 1), (16, 4))],
+    ids=lambda cut: f"{cut[0]}x{cut[1]}",
+)
+async def test_prompts_arrive_byte_for_byte_in_other_blocks_and_shards(p_cut: tuple[int, int], d_cut: tuple[int, int], name: str) -> None:
+    async with pair([name], [name], p_cut=p_cut, d_cut=d_cut) as (p, d):
+        for number in range(16):
+            place(p, d, f"r{number}", prompt(number % 11, 2 + number * 13))  # some share their beginning, so caches of all sizes are hit
+        await wait_until(lambda: len(d.checked) + len(d.failed) == 16, timeout_s=15)
+        assert not d.failed
+        await wait_until(lambda: len(p.prefilled) == 16 and len(d.decoded) == 16)
+        assert {end.reason for end in d.decoded.values()} == {EngineEnd.LENGTH}, "the sim verifies what it attends to"
+        await wait_until(lambda: p.holds_nothing() and d.holds_nothing())
+        assert d.manager.stranded_bytes() == 0
+
+
+@needs_shm
 async def test_shared_memory_is_preferred_and_tcp_is_what_is_left() -> None:
     async with pair(["shm", "tcp"], ["tcp"]) as (p, d):
         place(p, d, "r", prompt(1, 50))
@@ -186,6 +217,7 @@ async def test_spans_of_a_sampled_request_belong_to_its_trace() -> None:
     async with pair(["tcp"], ["tcp"], exporter) as (p, d):
         place(p, d, "r", prompt(1, 50), TRACEPARENT)
         await wait_until(lambda: "r" in d.checked and "r" in p.prefilled)
+        await wait_until(lambda: len(exporter.get_finished_spans()) >= 3)
         spans = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"kv.begin", "kv.pull", "kv.confirm"}
     for span in spans.values():

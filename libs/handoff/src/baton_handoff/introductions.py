@@ -10,6 +10,7 @@ from baton_engine.pool import BlockLayout
 from baton_runtime.layouts import layout_mismatch, layout_text
 
 from baton_handoff.tag import layout_from_record
+from baton_handoff.transports.reslice import Reslice
 
 # Introductions are kept as long as the process; a restart of a peer adds one, so only a bound against madness is needed.
 MAX_INTRODUCTIONS = 16_384
@@ -59,6 +60,14 @@ class Introductions:
         """The peer's layout; None if the pair may not be formed, or is not introduced."""
         known = self._known.get(incarnation)
         return layout_from_record(known.peer.layout) if known is not None and not known.refusal else None
+
+    def reslice_of(self, incarnation: str) -> Reslice | None:
+        """How the peer's blocks become ours; None if they are alike, or nothing may be read from it."""
+        layout = self.layout_of(incarnation)
+        own = self._own().layout
+        if layout is None or self._known[incarnation].peer.layout == own:
+            return None
+        return Reslice(layout, layout_from_record(own))
 
     def knows_secret(self, incarnation: str, secret: bytes) -> bool:
         """Whether a peer has proven that it is the one that was introduced."""

@@ -189,10 +189,11 @@ class Puller:
             ours, theirs = [t.name for t in self._transports], [offer.name for offer in known.peer.transports]
             raise NoTransport(f"no transport can be used with the peer: {ours} against {theirs}")
         problems: list[str] = []
+        own, reslice = self._own().incarnation, self._introductions.reslice_of(incarnation)
         for candidate in candidates:
             for secret in known.secrets:
                 try:
-                    pool = await candidate.transport.open_peer(known.peer, candidate.parameters, secret, self._own().incarnation)
+                    pool = await candidate.transport.open_peer(known.peer, candidate.parameters, secret, own, reslice)
                 except TransportUnavailable as error:
                     problems.append(error.message)
                 else:

@@ -148,9 +148,9 @@ class TestWorker:
         """Per block of the request's table here: the distinct values of its bytes that hold KV, and of the tail."""
         found = []
         for index, block in enumerate(self.engine.blocks.table(request.key)):
-            slots = self.engine.pool.data[block].reshape(self._layout.num_layers, 2, self._layout.block_tokens, -1)
+            slots = self.engine.pool.data[block].reshape(self._layout.num_planes, self._layout.block_tokens, -1)
             valid = min(self._layout.block_tokens, request.num_kv_tokens - index * self._layout.block_tokens)
-            found.append([*np.unique(slots[:, :, :valid]).tolist(), *np.unique(slots[:, :, valid:]).tolist()])
+            found.append([*np.unique(slots[:, :valid]).tolist(), *np.unique(slots[:, valid:]).tolist()])
         return found
 
     def holds_nothing(self) -> bool:
