@@ -193,6 +193,187 @@ async def test_connection_that_ended_while_idle_is_made_again(source, sink):
     assert (sink.pool.data[2] == 5).all()
 
 
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_next_operation_is_asked_for_while_one_runs(source, sink, monkeypatch):
+    """The source finds the next request when it has sent the last byte."""
+    peer = await sink.open_peer(source.offer())
+    asked = []
+    receive_views, send_views = tcp_wire.receive_views, tcp_wire.send_views
+
+    def receive(sock, views, watch):
+        asked.append("blocks") if views[0].nbytes > 1000 else None
+        receive_views(sock, views, watch)
+
+    def send(sock, views, watch):
+        asked.append("request") if bytes(views[0][:4]) == tcp_wire.REQUEST_MAGIC else None
+        send_views(sock, views, watch)
+
+    monkeypatch.setattr(tcp_wire, "receive_views", receive)
+    monkeypatch.setattr(tcp_wire, "send_views", send)
+    await asyncio.gather(*(peer.pull(all_blocks(), all_blocks()) for _ in range(3)))
+    num_batches = NUM_BLOCKS * LAYOUT.block_bytes // tcp_wire.MAX_CALL_BYTES
+    assert asked.count("request") == 3
+    assert asked[: num_batches + 1].count("request") == 2
+    assert (sink.pool.data[:, 0] == np.arange(1, NUM_BLOCKS + 1)).all()
+
+
+async def test_operation_stopped_before_its_turn_never_writes_and_the_next_one_works(source, sink, monkeypatch):
+    """It was asked for: its answer is on its way, and is not taken for another's."""
+    peer = await sink.open_peer(source.offer())
+    connection = peer._connection
+    blocked = threading.Event()
+    monkeypatch.setattr(tcp_wire, "receive_views", stop_at_blocks(tcp_wire.receive_views, blocked, first=2))
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(peer.pull([9, 1, 7, 3, 8, 40, 50, 60], [0, 1, 2, 3, 4, 5, 6, 7]))
+        stopped = group.create_task(peer.pull([5], [100]))
+        later = group.create_task(peer.pull([6], [101]))
+        await until(lambda: connection._ahead is not None)
+        stopped.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopped
+        sink.pool.data[100] = 0xEE
+        blocked.set()
+    assert running.result().num_bytes == 8 * LAYOUT.block_bytes
+    assert later.result().num_bytes == LAYOUT.block_bytes
+    assert (sink.pool.data[:2, 0] == [10, 2]).all()
+    assert (sink.pool.data[100] == 0xEE).all()
+    assert (sink.pool.data[101] == 7).all()
+
+
+async def test_operation_asked_for_ahead_survives_the_end_of_the_one_before(source, sink, monkeypatch):
+    peer = await sink.open_peer(source.offer())
+    connection = peer._connection
+    blocked = threading.Event()
+    monkeypatch.setattr(tcp_wire, "receive_views", stop_at_blocks(tcp_wire.receive_views, blocked, first=2))
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(peer.pull([9, 1, 7, 3, 8, 40, 50, 60], [0, 1, 2, 3, 4, 5, 6, 7]))
+        ahead = group.create_task(peer.pull([5], [100]))
+        await until(lambda: connection._ahead is not None)
+        running.cancel()
+        blocked.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert ahead.result().num_bytes == LAYOUT.block_bytes
+    assert (sink.pool.data[100] == 6).all()
+
+
+async def test_reader_that_waits_for_its_turn_is_told_so_and_gets_it(source, monkeypatch):
+    """Else it would take a busy source for a silent one."""
+    sink = Sink(TcpConfig(silence_limit_s=0.5))
+    await sink.transport.open()
+    monkeypatch.setattr(tcp_source, "_WAITING_TICK_S", 0.05)
+    peer = await sink.open_peer(source.offer())
+    turns = source._source._turns
+    held = [turns.ask() for _ in range(TcpConfig().max_readers)]
+    told = []
+    send = tcp_wire.send_views
+    monkeypatch.setattr(tcp_wire, "send_views", lambda sock, views, watch: (told.append(views), send(sock, views, watch)))
+    async with asyncio.TaskGroup() as group:
+        pull = group.create_task(peer.pull([4], [2]))
+        await until(lambda: len(told) > 20)  # for longer than the silence it bears
+        assert not pull.done()
+        for turn in held:
+            turn.give_back()
+    assert (sink.pool.data[2] == 5).all()
+    assert turns.num_waiting == 0
+    await sink.transport.close()
+
+
+async def test_reader_whose_turn_never_comes_gives_up(source, monkeypatch):
+    sink = Sink(TcpConfig(operation_limit_s=0.3))
+    await sink.transport.open()
+    monkeypatch.setattr(tcp_source, "_WAITING_TICK_S", 0.05)
+    peer = await sink.open_peer(source.offer())
+    turns = source._source._turns
+    held = [turns.ask() for _ in range(TcpConfig().max_readers)]
+    why, _ = await failure(peer.pull([4], [2]))
+    assert "limit 0.3 s" in why
+    await sink.transport.close()
+    await until(lambda: turns.num_waiting == 0)  # and the source forgets it
+    assert all(turn.held_s(time.monotonic()) > 0 for turn in held)
+
+
+async def test_stopped_readers_do_not_keep_others_out(sink, monkeypatch):
+    pool, _ = PoolMemory.allocate(NUM_BLOCKS, LAYOUT, SOURCE, shared=False)
+    source = TcpTransport(pool, SOURCE, "127.0.0.1:0", "", TcpConfig(max_readers=1))
+    await source.open()
+    source.allow(SINK, SECRET)
+    address = json.loads(source.offer())["address"]
+    stopped = [await asyncio.to_thread(asking_socket, address) for _ in range(2)]  # they ask for 16 MiB and read none of it
+    peer = await sink.open_peer(source.offer())
+    began_s = time.monotonic()
+    await peer.pull([1], [1])
+    assert time.monotonic() - began_s < 1.5
+    for sock in stopped:
+        sock.close()
+    await source.close()
+
+
+def asking_socket(address):
+    """A connection that has proved the secret and asked for every block."""
+    host, port = address.split(":")
+    sock = socket.create_connection((host, int(port)), timeout=5)
+    challenge = sock.recv(tcp_wire.CHALLENGE.size, socket.MSG_WAITALL)
+    hello = tcp_wire.HELLO.pack(SINK.encode(), SOURCE.encode(), LAYOUT.block_bytes, tcp_wire.nonce())
+    sock.sendall(hello + tcp_wire.proof(SECRET, b"sink", challenge, hello))
+    sock.recv(tcp_wire.WELCOME.size, socket.MSG_WAITALL)
+    sock.sendall(tcp_wire.REQUEST.pack(tcp_wire.REQUEST_MAGIC, 1, 0, NUM_BLOCKS) + np.arange(NUM_BLOCKS, dtype="<u4").tobytes())
+    return sock
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 7, 8, 9, 12, 13, NUM_BLOCKS])
+async def test_no_operation_sleeps_out_a_tick_before_its_last_bytes(source, sink, num_blocks):
+    """The receiver is woken late only while enough is still to come (wake_at)."""
+    peer = await sink.open_peer(source.offer())
+    durations_s = [(await peer.pull(all_blocks()[:num_blocks], all_blocks()[:num_blocks])).duration_s for _ in range(3)]
+    assert min(durations_s) < 0.4
+
+
+async def test_drop_while_connecting_ends_at_once(sink):
+    """A host that answers nothing: its queue of connections is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, contextlib.ExitStack() as stack:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for _ in range(3):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(server.getsockname())
+        parameters = json.dumps({"address": address, "num_blocks": 1, "block_bytes": LAYOUT.block_bytes}).encode()
+        async with asyncio.TaskGroup() as group:
+            opening = group.create_task(sink.open_peer(parameters))
+            await until(lambda: any(thread.name == "tcp-sink" for thread in threading.enumerate()))
+            await asyncio.sleep(0)
+            began_s = time.monotonic()
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        assert time.monotonic() - began_s < 1.0
+
+
+async def test_source_that_answers_twice_is_not_believed(source, sink, monkeypatch):
+    peer = await sink.open_peer(source.offer())
+    head = tcp_source._head
+    with monkeypatch.context() as patch:
+        patch.setattr(tcp_source, "_head", lambda operation, status: memoryview(bytes(head(operation, status)) * 2))
+        with pytest.raises(PullFailed):
+            await peer.pull([1], [1])
+    await (await sink.open_peer(source.offer())).pull([1], [1])
+
+
+async def test_answer_to_another_request_is_not_believed(source, sink, monkeypatch):
+    peer = await sink.open_peer(source.offer())
+    head = tcp_source._head
+    with monkeypatch.context() as patch:
+        patch.setattr(tcp_source, "_head", lambda operation, status: head(operation + 1, status))
+        with pytest.raises(PullFailed, match="answer to operation 2 instead of 1"):
+            await peer.pull([1], [1])
+    await peer.pull([1], [1])
+
+
 async def test_damaged_bytes_are_noticed(source, sink, monkeypatch):
     peer = await sink.open_peer(source.offer())
     with monkeypatch.context() as patch:
@@ -317,10 +498,16 @@ async def test_reader_that_stops_does_not_hold_the_source(source, monkeypatch):
     await sink.transport.close()
 
 
-def stop_at_blocks(real, event):
+def stop_at_blocks(real, event, first=1):
+    """Receive as usual until batch number `first` of blocks; that one waits for the event."""
+    count = 0
+
     def receive_views(sock, views, watch):
+        nonlocal count
         if views[0].nbytes > 1000:
-            assert event.wait(10)
+            count += 1
+            if count >= first:
+                assert event.wait(10)
         real(sock, views, watch)
 
     return receive_views

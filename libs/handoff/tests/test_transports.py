@@ -13,6 +13,7 @@ from baton_engine.pool import BlockLayout
 from baton_handoff.transports import PoolMemory, choose, make_transports
 from baton_handoff.transports.base import MAX_OPERATION_BYTES, PullFailed, TransportUnavailable
 from baton_handoff.transports.operation import merge_runs
+from baton_handoff.transports.reslice import Reslice
 from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
 from baton_handoff.transports.tcp_memory import BlockBytes
@@ -38,9 +39,9 @@ class Worker:
         offer = TransportOffer(name=self.transport.name, parameters=self.transport.offer())
         return Instance(instance_id="worker", incarnation=self.incarnation, transports=[offer])
 
-    async def open_peer(self, source: "Worker", secret: bytes = SECRET):
+    async def open_peer(self, source: "Worker", secret: bytes = SECRET, reslice: Reslice | None = None):
         peer = source.instance()
-        return await self.transport.open_peer(peer, peer.transports[0].parameters, secret, self.incarnation)
+        return await self.transport.open_peer(peer, peer.transports[0].parameters, secret, self.incarnation, reslice)
 
 
 @pytest.fixture(params=["shm", "tcp"])
@@ -126,6 +127,97 @@ async def test_other_block_size_is_unavailable_and_names_both(kind, workers, tmp
     finally:
         await other.transport.close()
         other.memory.close()
+
+
+def layout(block_tokens, num_shards):
+    """2 KiB per token: blocks of 8 KiB to 2 MiB."""
+    return BlockLayout(num_layers=2, block_tokens=block_tokens, num_kv_heads=4, head_dim=64, dtype="float16", num_shards=num_shards)
+
+
+@contextlib.asynccontextmanager
+async def resliced(kind, directory, source_layout, dest_layout, num_tokens):
+    """A source and a sink of so many tokens each, and the peer opened by the sink."""
+    async with contextlib.AsyncExitStack() as stack:
+        made = []
+        for incarnation, its in ((SOURCE, source_layout), (SINK, dest_layout)):
+            worker = Worker(kind, directory, incarnation, num_tokens // its.block_tokens, its)
+            stack.callback(worker.memory.close)
+            await worker.transport.open()
+            stack.push_async_callback(worker.transport.close)
+            made.append(worker)
+        source, sink = made
+        source.transport.allow(SINK, SECRET)
+        reslice = Reslice(source_layout, dest_layout)
+        yield source, sink, reslice, await sink.open_peer(source, reslice=reslice)
+
+
+RESLICES = [
+    (layout(16, 1), layout(16, 2)),
+    (layout(16, 2), layout(16, 1)),
+    (layout(16, 2), layout(16, 4)),
+    (layout(16, 1), layout(64, 1)),
+    (layout(64, 1), layout(16, 1)),
+    (layout(64, 4), layout(16, 2)),
+    (layout(1024, 1), layout(4, 2)),  # source blocks larger than one system call
+    (layout(4, 2), layout(1024, 1)),
+]
+
+
+@pytest.mark.parametrize(("source_layout", "dest_layout"), RESLICES)
+async def test_units_arrive_where_the_other_layout_has_them_and_others_are_untouched(kind, tmp_path, source_layout, dest_layout):
+    async with resliced(kind, tmp_path, source_layout, dest_layout, 4096) as (source, sink, reslice, peer):
+        num_units = 4096 // reslice.unit_tokens
+        source_units, dest_units = (random.Random(seed).sample(range(num_units), num_units // 2) for seed in (1, 2))
+        expected = sink.pool.data.copy()
+        reslice.copy(expected, dest_units, source.pool.data, source_units)
+        stats = await peer.pull(source_units, dest_units)
+        assert np.array_equal(sink.pool.data, expected)
+        assert stats.num_bytes == num_units // 2 * reslice.unit_bytes
+
+
+@pytest.mark.parametrize("ids", [([5], [70]), ([5, 5, 6], [1, 2, 3]), (list(range(7, 90)), list(range(100, 183)))])
+async def test_single_units_of_large_blocks_can_be_pulled(kind, tmp_path, ids):
+    async with resliced(kind, tmp_path, layout(64, 1), layout(16, 2), 4096) as (source, sink, reslice, peer):
+        expected = sink.pool.data.copy()
+        reslice.copy(expected, ids[1], source.pool.data, ids[0])
+        await peer.pull(*ids)
+        assert np.array_equal(sink.pool.data, expected)
+
+
+async def test_one_unit_of_each_of_many_large_blocks_is_asked_for_in_several_requests(tmp_path):
+    """The bytes on the wire are many times those wanted; each request keeps to the source's limit."""
+    source_layout, dest_layout = layout(1024, 1), layout(16, 1)  # 2 MiB to 32 KiB
+    async with resliced("tcp", tmp_path, source_layout, dest_layout, 40 * 1024) as (source, sink, reslice, peer):
+        ids = [1 + 64 * block for block in range(40)], list(range(40))
+        expected = sink.pool.data.copy()
+        reslice.copy(expected, ids[1], source.pool.data, ids[0])
+        stats, _ = await asyncio.gather(peer.pull(*ids), peer.pull([0], [100]))
+        reslice.copy(expected, [100], source.pool.data, [0])
+        assert np.array_equal(sink.pool.data, expected)
+        assert stats.num_bytes == 40 * dest_layout.block_bytes
+
+
+async def test_reslice_that_changes_nothing_copies_whole_blocks(workers):
+    source, sink = workers
+    peer = await sink.open_peer(source, reslice=Reslice(LAYOUT, LAYOUT))
+    assert (await peer.pull(list(range(50)), list(range(50)))).num_operations == 1
+    assert np.array_equal(sink.pool.data[:50], source.pool.data[:50])
+
+
+async def test_units_outside_of_either_pool_are_refused(kind, tmp_path):
+    async with resliced(kind, tmp_path, layout(64, 1), layout(16, 1), 1024) as (_, _, _, peer):
+        await peer.pull([63], [63])
+        with pytest.raises(PullFailed, match="64"):
+            await peer.pull([64], [0])
+        with pytest.raises(ValueError, match="64"):
+            await peer.pull([0], [64])
+
+
+async def test_source_with_other_blocks_than_the_reslice_says_is_unavailable(workers):
+    source, sink = workers
+    other = BlockLayout(LAYOUT.num_layers, 2 * LAYOUT.block_tokens, LAYOUT.num_kv_heads, LAYOUT.head_dim, LAYOUT.dtype)
+    with pytest.raises(TransportUnavailable, match="4096 bytes, expected 8192"):
+        await sink.open_peer(source, reslice=Reslice(other, LAYOUT))
 
 
 async def test_parameters_that_do_not_parse_are_unavailable(workers):

@@ -199,9 +199,9 @@ class Connection:
         status = int(Status.WAITING)
         while status == Status.WAITING:
             magic, answered, status = wire.ANSWER.unpack(wire.receive(sock, wire.ANSWER.size, watch))
+            self._is_answered = True
             if magic != wire.ANSWER_MAGIC or answered != number:
                 raise ConnectionFailed(f"answer to operation {answered} instead of {number}")
-            self._is_answered = True
         if status != Status.OK:
             raise PullFailed(NAME, f"refused by the peer: {_status_name(status)}")
 
