@@ -6,12 +6,15 @@ MEMBERS := proto libs/runtime libs/engine libs/handoff libs/worker services/fron
 	services/decode services/kvtransfer cli
 SOURCES := $(wildcard $(addsuffix /src,$(MEMBERS)))
 
+HANDOFF_BENCHES := $(addprefix bench/,handoff_transports.py handoff_latency.py books_throughput.py)
+
 # make up MODEL=folder UP="--engine sim --profile instant --port 9000"
 UP ?=
 MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-slow test-alone check format lint types proto proto-check ci clean
+.PHONY: help up test test-unit test-e2e test-slow test-alone check format lint types proto proto-check \
+	bench-handoff ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -67,6 +70,9 @@ proto-check: $(VENV)/.ready $(VENV)-proto/.ready
 	cd proto && ../$(BIN)/buf breaking --against $$(ls -v releases/*.binpb | tail -n 1 | sed 's|^|./|')
 	$(VENV)-proto/bin/python proto/generate.py --check
 	$(VENV)-proto/bin/python libs/runtime/generate.py --check
+
+bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to confirm, handoffs per second of the books (some minutes)
+	set -e; for script in $(wildcard $(HANDOFF_BENCHES)); do echo "== $$script" >&2; $(BIN)/python $$script; done
 
 ci: ## what continuous integration runs
 	bash .ci/run

@@ -7,6 +7,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,9 +105,10 @@ class TcpTransport:
         self._is_closed = True
         for peer in tuple(self._connected):
             peer.drop()
+        deadline_s = time.monotonic() + _CLOSE_LIMIT_S
         await asyncio.to_thread(self._source.listener.close, _CLOSE_LIMIT_S)
         for thread in tuple(self._ending):
-            await asyncio.to_thread(thread.join, _CLOSE_LIMIT_S)
+            await asyncio.to_thread(thread.join, max(0.0, deadline_s - time.monotonic()))
 
     def offer(self) -> bytes:
         """Address and shape; see Transport."""
