@@ -4,8 +4,9 @@ import random
 
 import pytest
 from baton_engine.api import Priority
+from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import FailureCause
-from baton_handoff.testing.world import World
+from baton_handoff.testing.world import LAYOUT, World
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -162,7 +163,8 @@ class RandomHistory:
         # Half of the histories have blocks of one size, as most fleets do.
         block_tokens = self.random.choice([(2, 2), self.random.choice(BLOCK_TOKENS)])
         num_blocks = self.random.choice([4, 8, 20])
-        self.world = World(self.random.randint(1, 2), self.random.randint(1, 2), num_blocks, block_tokens=block_tokens)
+        num_sources, num_sinks = self.random.randint(1, 2), self.random.randint(1, 2)
+        self.world = World(num_sources, num_sinks, num_blocks, self._config(), block_tokens=block_tokens)
         self.prompts = PROMPTS if self.world.num_blocks < 8 else [*PROMPTS, *LONG_PROMPTS]
         self.waited_s = 0.0
         self.links = list(self.world.links)
@@ -171,6 +173,12 @@ class RandomHistory:
         # Each history has some kinds of trouble only, and some have a frontend whose messages are late: else one hides the other.
         self.chaos = self.random.sample(chaos, self.random.randint(1, 4))
         self.frontend_delay = self.random.choice([0.0, 0.9, 0.97])
+
+    def _config(self) -> HandoffConfig:
+        """Few places to read a source in half of the histories."""
+        max_readers, max_readers_per_sink = self.random.choice([(8, 4), self.random.choice([(1, 1), (2, 1)])])
+        operation_bytes = 2 * LAYOUT.block_bytes
+        return HandoffConfig(operation_bytes=operation_bytes, max_readers=max_readers, max_readers_per_sink=max_readers_per_sink)
 
     def run(self) -> None:
         share_of_chaos = self.random.choice([0.01, 0.03, 0.1, 0.2])

@@ -33,6 +33,9 @@ class HandoffConfig:
     """Bounds of one worker's handoffs.
 
     look_ahead_tokens: tokens begun and not computed at which prefill stops offering (about two chunks).
+    max_readers, max_readers_per_sink: handoffs of a source that are announced and not confirmed at a time, in all and per sink. Below
+        max_readers, so that a sink that hangs leaves places to others; above max_pulls_per_peer, so that a sink has the next ones at
+        hand while its Confirm is on its way.
     peer_share: part of the pool that one decode instance's unconfirmed blocks may take while others are linked too.
     fetch_min_tokens: fewer missing tokens are computed, never fetched; 0: nothing is ever fetched.
     fetch_min_limit_s: a fetch gets the time it would take to compute what it is for, but at least so long.
@@ -45,6 +48,8 @@ class HandoffConfig:
     max_tickets: int = 1024
     max_pulls: int = 4
     max_pulls_per_peer: int = 2
+    max_readers: int = 8
+    max_readers_per_sink: int = 4
     operation_bytes: int = MAX_OPERATION_BYTES
     peer_share: float = 0.5
     fetch_min_tokens: int = 128

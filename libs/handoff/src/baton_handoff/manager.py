@@ -632,6 +632,12 @@ class HandoffManager:
             "Of running pulls.",
             lambda: self._sink.in_flight_bytes() + self._fetches.sink.in_flight_bytes() if self._is_open else 0,
         )
+        watch("baton_handoffs_read", "As source: announced and not confirmed.", lambda: self._source.num_read() if self._is_open else 0)
+        watch(
+            "baton_handoffs_held_back",
+            "As source: computed, pinned, and waiting for their turn to be announced.",
+            lambda: self._source.num_held_back() if self._is_open else 0,
+        )
         watch("baton_handoffs_in_flight", "Handoffs that are not over.", self.live_handoffs)
         watch("baton_handoffs_queued", "Of them, those that have not begun.", self.queued)
         watch("baton_books_streams", "kvtransfer instances that hear our reports.", lambda: self.books.num_streams)

@@ -8,7 +8,7 @@ Nothing here waits, and time comes in as an argument (time.monotonic()).
 
 import enum
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from baton_engine.api import BlocksReady, EngineRequest, SequenceEnd, SequenceKey, Work
 from baton_engine.api import EndReason as EngineEnd
@@ -18,7 +18,7 @@ from baton_engine.pool import BlockLayout
 from baton_runtime.errors import BatonError, Internal, InvalidArgument, QueueFull, Unavailable
 
 from baton_handoff.actions import Action, CancelEngine, CancelFetch, Ended, Report, Send, StartEngine, StartFetch
-from baton_handoff.admission import OfferQueue, Waiting, check_start
+from baton_handoff.admission import OfferQueue, check_start
 from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import (
     ConfirmAnswer,
@@ -34,6 +34,7 @@ from baton_handoff.ids import (
     Side,
 )
 from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, CancelHandoff, Confirm, ConfirmReply, FromSink, NotNow, Refused
+from baton_handoff.readers import Readable, may_announce
 from baton_handoff.tag import KvShape, TagChain
 from baton_handoff.tombstones import Tombstone, Tombstones
 
@@ -49,33 +50,18 @@ class SourceState(enum.Enum):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class SourceHandoff(Waiting):
-    """One live handoff. Its blocks are [0, num_blocks) of the sequence:
-
-    first <= confirmed <= announced <= num_blocks
-    [0, first)              the sink has them in its own cache; never announced, not pinned
-    [first, confirmed)      the sink's; unpinned here
-    [confirmed, announced)  computed, pinned, announced
-    [announced, num_blocks) to be computed
-    """
+class SourceHandoff(Readable):
+    """One live handoff."""
 
     request: EngineRequest
     traceparent: str
     hashes: Sequence[bytes]
     tags: TagChain
     state: SourceState = SourceState.QUEUED
-    first: int = 0
-    confirmed: int = 0
-    block_ids: list[int] = field(default_factory=list)  # of [first, announced)
     cached_tokens: int = 0
     ready_at: float = 0.0
     hint: FetchHint | None = None
     fetched_tokens: int = 0
-
-    @property
-    def announced(self) -> int:
-        """End of the announced blocks."""
-        return self.first + len(self.block_ids)
 
     @property
     def is_begun(self) -> bool:
@@ -126,6 +112,14 @@ class SourceBook:
     def num_queued(self) -> int:
         """Handoffs the sink has not accepted."""
         return len(self._queue)
+
+    def num_read(self) -> int:
+        """Handoffs with announced and unconfirmed blocks."""
+        return sum(handoff.is_read for handoff in self._begun.values())
+
+    def num_held_back(self) -> int:
+        """Handoffs whose computed blocks wait for their turn to be announced."""
+        return sum(handoff.is_held_back for handoff in self._begun.values())
 
     def live_with(self, incarnation: str) -> list[SourceHandoff]:
         """Handoffs with that sink."""
@@ -191,13 +185,13 @@ class SourceBook:
         if handoff is None or handoff.state is not SourceState.COMPUTING:
             self._blocks.unpin(ready.key)  # the handoff ended while the step ran
             return self._done(now)
-        assert ready.first_block == handoff.announced, "an engine reports blocks in order, from first_announced_block on"
+        assert ready.first_block == handoff.computed, "an engine reports blocks in order, from first_announced_block on"
         handoff.block_ids += ready.block_ids
         handoff.cached_tokens = ready.cached_tokens
         handoff.ready_at = ready.ready_at
-        if handoff.announced == handoff.num_blocks:
+        if handoff.computed == handoff.num_blocks:
             handoff.state = SourceState.COMPUTED
-        self._announce(handoff, ready.first_block, now)
+        self._announce_next(now)
         self._report(handoff, EventKind.PROGRESS)
         return self._done(now)
 
@@ -248,7 +242,7 @@ class SourceBook:
         for handoff in self.live_with(incarnation):
             if handoff.is_begun and handoff.key not in listed:
                 self._fail(handoff, FailureCause.PEER_CANCELLED, now)
-            elif handoff.is_begun and handoff.announced > handoff.confirmed:
+            elif handoff.is_begun and handoff.is_read:
                 self._announce(handoff, handoff.confirmed, now)
             elif handoff.state is SourceState.OFFERED or (handoff.state is SourceState.QUEUED and handoff.key in listed):
                 self._offer(handoff, now)
@@ -302,6 +296,7 @@ class SourceBook:
     # Everything below changes state and appends to _out.
 
     def _done(self, now: float) -> list[Action]:
+        self._announce_next(now)
         self._offer_next(now)
         out, self._out = self._out, []
         return out
@@ -357,7 +352,7 @@ class SourceBook:
             self._fail(handoff, FailureCause.DATA_LOSS, now, tell="UNKNOWN_BLOCKS")
             return
         self._queue.remove(handoff)
-        handoff.first = handoff.confirmed = answer.first_block
+        handoff.first = handoff.confirmed = handoff.announced = answer.first_block
         if handoff.first == handoff.num_blocks:
             handoff.state = SourceState.COMPUTED
             self._report(handoff, EventKind.BEGUN)
@@ -499,15 +494,23 @@ class SourceBook:
         )
         self._out.append(Ended(handoff.key, Side.SOURCE, end))
 
+    def _announce_next(self, now: float) -> None:
+        """Announce what was held back, if it is its turn. Nothing is said to a sink that is suspect or whose link is down."""
+        reachable = (handoff for handoff in self._begun.values() if handoff.is_read or self._linked.get(handoff.peer.incarnation))
+        for handoff in may_announce(reachable, self._config):
+            if self._linked.get(handoff.peer.incarnation):
+                first_block, handoff.announced = handoff.announced, handoff.computed
+                self._announce(handoff, first_block, now)
+
     def _announce(self, handoff: SourceHandoff, first_block: int, now: float) -> None:
-        ids = tuple(handoff.block_ids[first_block - handoff.first :])
+        ids = tuple(handoff.block_ids[first_block - handoff.first : handoff.announced - handoff.first])
         self._send(handoff, Announce(handoff.key, first_block, ids, handoff.cached_tokens, max(0.0, now - handoff.ready_at)))
 
     def _send(self, handoff: SourceHandoff, message: Begin | Announce | CancelHandoff) -> None:
         self._out.append(Send(handoff.peer.incarnation, message))
 
     def _report(self, handoff: SourceHandoff, kind: EventKind, outcome: Outcome | None = None) -> None:
-        held = 0 if kind is EventKind.ENDED else handoff.announced - handoff.confirmed
+        held = 0 if kind is EventKind.ENDED else handoff.computed - handoff.confirmed
         confirmed = handoff.confirmed - handoff.first
         self._out.append(Report(handoff.key, Side.SOURCE, kind, handoff.peer.incarnation, held, confirmed, handoff.traceparent, outcome))
 
@@ -538,7 +541,7 @@ class SourceBook:
         """Tokens begun and not computed; offers count only while an answer is to be expected, or one hung sink would stop all."""
         block_tokens = self._shape.block_tokens
         computing = sum(
-            self._counted(max(0, handoff.num_tokens - handoff.announced * block_tokens))
+            self._counted(max(0, handoff.num_tokens - handoff.computed * block_tokens))
             for handoff in self._begun.values()
             if handoff.state in (SourceState.COMPUTING, SourceState.FETCHING)
         )

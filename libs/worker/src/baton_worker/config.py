@@ -30,6 +30,8 @@ class WorkerConfig(CommonConfig):
     max_batch_sequences: sequences in one step.
     max_chunk_tokens: prompt tokens in one step.
     max_waiting: sequences that may wait (in the engine, and for a handoff) before new ones are refused.
+    max_readers: handoffs of which this worker is the source that may be read at a time (announced, not confirmed).
+    max_readers_per_sink: of them, those of one other worker; below max_readers, so that one that hangs leaves places to others.
     transports: ways of handing over KV blocks: "shm", "nixl" (an extra: docs/transports.md), "tcp"; in this order of preference.
     transfer_listen: host:port of the tcp transport; nixl listens on the same host, on any port.
     fetch_min_tokens: cached prefix tokens that another instance must have beyond our own for them to be fetched instead of computed
@@ -50,6 +52,8 @@ class WorkerConfig(CommonConfig):
     max_batch_sequences: Count = 256
     max_chunk_tokens: Count = 2048
     max_waiting: Count = 256
+    max_readers: Count = 8
+    max_readers_per_sink: Count = 4
     transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")
     transfer_listen: str = "127.0.0.1:0"
     fetch_min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 128

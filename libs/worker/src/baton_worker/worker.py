@@ -83,6 +83,8 @@ class Worker(Service, abc.ABC):
                 look_ahead_tokens=2 * config.max_chunk_tokens,
                 max_queued=config.max_waiting,
                 max_tickets=config.max_waiting,
+                max_readers=config.max_readers,
+                max_readers_per_sink=config.max_readers_per_sink,
                 fetch_min_tokens=config.fetch_min_tokens,
             ),
             view=discovery.view(ServiceKind.SERVICE_KVTRANSFER),
