@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
+from baton_contracts.kvtransfer.v1.kvtransfer_service_pb2 import Introduction
 from baton_handoff.config import HandoffConfig, Times
 from baton_handoff.ids import EndReason, FailureCause, PeerRef
+from baton_handoff.manager import zero_tail
 from baton_handoff.testing import FakeEngine, LoopbackNetwork, TestWorker, introduce
 from baton_handoff.testing.worker import TEST_LAYOUT
 from baton_runtime.lifecycle import new_incarnation
@@ -233,6 +236,65 @@ async def test_refused_introduction_names_the_difference() -> None:
         assert "fingerprint" in error.message
         assert "a" * 16 in error.message
         assert "f" * 16 in error.message
+
+
+async def test_layouts_that_cannot_be_matched_end_both_starts_before_anything_runs_naming_both() -> None:
+    network = LoopbackNetwork()
+    async with TestWorker(network, "p", layout=replace(TEST_LAYOUT, num_layers=3)) as p, TestWorker(network, "d") as d:
+        introduce(p, d)
+        for worker, start in ((p, lambda: p.prefill("r", TOKENS, d)), (d, lambda: d.decode("r", TOKENS, p))):
+            start()
+            end = worker.ends["r"]
+            assert (end.reason, end.cause) == (EndReason.HANDOFF_FAILED, FailureCause.NO_INTRODUCTION)
+            assert end.error is not None
+            assert "layers=2" in end.error.message
+            assert "layers=3" in end.error.message
+        assert not p.outputs
+        assert not p.manager.live_handoffs()
+
+
+async def test_refusal_that_comes_after_the_starts_ends_them_before_anything_runs() -> None:
+    network = LoopbackNetwork()
+    async with TestWorker(network, "p", layout=replace(TEST_LAYOUT, num_layers=3)) as p, TestWorker(network, "d") as d:
+        d.manager.introductions.add(Introduction(peer=p.record, pair_secret=b"s"))
+        p.prefill("r", TOKENS, d)
+        introduce(p, d)
+        assert p.ends["r"].cause is FailureCause.NO_INTRODUCTION
+        assert not p.outputs
+
+
+@pytest.mark.parametrize("num_tokens", [9, 20, 33])
+@pytest.mark.parametrize(("p_tokens", "d_tokens"), [(4, 8), (8, 4)])
+async def test_both_sides_count_the_same_bytes_whatever_their_blocks(p_tokens: int, d_tokens: int, num_tokens: int) -> None:
+    network = LoopbackNetwork()
+    layouts = [replace(TEST_LAYOUT, block_tokens=size) for size in (p_tokens, d_tokens)]
+    async with (
+        TestWorker(network, "p", layout=layouts[0], hash_block_tokens=4) as p,
+        TestWorker(network, "d", layout=layouts[1], hash_block_tokens=4) as d,
+    ):
+        introduce(p, d)
+        pair = Pair(network, p, d)
+        pair.place(tokens=list(range(50, 50 + num_tokens)))
+        await wait_until(lambda: "r" in d.completions and "r" in p.ends)
+        num_bytes = -(-(num_tokens - 1) // p_tokens) * layouts[0].block_bytes
+        assert (p.ends["r"].num_bytes, d.completions["r"].handoff_bytes) == (num_bytes, num_bytes)
+        assert d.metric("baton_handoff_bytes_total") == num_bytes
+        fills = [FakeEngine.fill(d.requests["r"], index) for index in range(-(-(num_tokens - 1) // p_tokens))]
+        if p_tokens < d_tokens:  # a block here holds several of the source's, and zeros behind the last token
+            found = [value for block in d.contents for value in block if value]
+            assert sorted(found) == sorted(fills)
+        else:
+            assert [block[0] for block in d.contents] == [fills[index * d_tokens // p_tokens] for index in range(len(d.contents))]
+        await pair.quiet()
+
+
+def test_the_tail_of_every_shard_and_plane_is_zeroed() -> None:
+    layout = replace(TEST_LAYOUT, num_kv_heads=4, num_shards=2)
+    block = np.full(layout.block_bytes, 7, np.uint8)
+    zero_tail(block, layout, 3)
+    slots = block.reshape(2, layout.num_layers, 2, 4, -1)
+    assert (slots[..., :3, :] == 7).all()
+    assert (slots[..., 3:, :] == 0).all()
 
 
 async def test_wrong_secret_is_no_introduction() -> None:

@@ -18,9 +18,9 @@ LONG = tuple(range(1, 10))  # eight tokens to hand over: four full blocks
 class Walk:
     """A world with one source p0 and one sink d0, and words for what happens in it."""
 
-    def __init__(self, num_blocks: int = 8, sources: int = 1, sinks: int = 1) -> None:
+    def __init__(self, num_blocks: int = 8, sources: int = 1, sinks: int = 1, block_tokens: tuple[int, int] = (2, 2)) -> None:
         config = HandoffConfig(operation_bytes=2 * LAYOUT.block_bytes)
-        self.world = World(sources, sinks, num_blocks, config)
+        self.world = World(sources, sinks, num_blocks, config, block_tokens)
         for link in self.world.links:
             self.world.open_link(*link)
             self.world.deliver_up(*link)
@@ -785,3 +785,91 @@ def test_outcomes_are_reported_with_what_is_held() -> None:
     walk.world.settle()
     assert walk.p.booked[key, Side.SOURCE] == 0
     assert Outcome.CONFIRMED == 1
+
+
+# Blocks of other sizes at the other side: what is said counts in the source's blocks (two tokens and eight), what is held in our own.
+
+
+def test_confirmed_tokens_of_a_block_that_is_not_full_are_held_and_not_kept() -> None:
+    walk = Walk(block_tokens=(2, 4))
+    key = walk.begin("r", tuple(range(1, 14)))  # twelve tokens: six blocks there, three here
+    walk.step()
+    walk.step()
+    walk.talk()
+    walk.copy()
+    walk.see()
+    walk.talk()
+    assert (walk.sink(key).confirmed, walk.sink(key).committed) == (2, 1)
+    walk.copy()
+    walk.see()
+    walk.talk()
+    walk.world.crash("p0")
+    walk.world.fence_the_dead()
+    end = walk.end(key, Side.SINK)
+    assert (end.confirmed_tokens, end.num_bytes) == (8, 4 * LAYOUT.block_bytes)
+    assert walk.empty(walk.d)
+    walk.world.settle()
+
+
+def test_a_block_of_the_source_that_is_half_cached_is_pulled_by_its_other_half_only() -> None:
+    walk = Walk(num_blocks=16, block_tokens=(8, 2))
+    walk.complete("r", (1, 2, 3, 4, 5, 6, 7))  # six tokens: three blocks cached here
+    key = walk.begin("again", (1, 2, 3, 4, 5, 6, 70, 80, 90, 100))
+    assert (walk.sink(key).first, walk.sink(key).committed, walk.sink(key).num_blocks) == (0, 3, 5)
+    walk.step()
+    walk.talk()
+    (pull,) = walk.d.pulls.values()
+    assert [unit % 4 for unit in pull.start.source_ids] == [3]
+    assert pull.start.dest_ids == tuple(walk.d.blocks.table(key.sequence)[3:4])
+    walk.world.settle()
+    assert key in walk.world.completions
+
+
+def test_everything_cached_here_completes_though_the_sources_last_block_is_partial() -> None:
+    walk = Walk(num_blocks=16, block_tokens=(8, 2))
+    walk.complete("r", (1, 2, 3, 4, 5, 6, 7))
+    key = walk.begin("again", (1, 2, 3, 4, 5, 6, 77))
+    assert key in walk.world.completions
+    end = walk.end(key, Side.SOURCE)
+    assert (end.reason, end.num_bytes, end.confirmed_tokens) == (EndReason.PREFILLED, 0, 6)
+    assert not walk.p.blocks.has_table(key.sequence)
+
+
+def test_a_source_with_larger_blocks_believes_no_cache_that_its_sink_cannot_have() -> None:
+    walk = Walk(num_blocks=16, block_tokens=(8, 2))
+    key = walk.place("r", (1, 2, 3, 4, 5, 6))  # five tokens: the last one is in no full block of either side
+    walk.world.deliver_pending()
+    assert walk.say_to_source(BeginReply(key, Accepted(1))) == [CancelHandoff(key, "UNKNOWN_BLOCKS")]
+    walk.world.settle()
+
+
+def test_a_link_that_breaks_while_a_block_is_half_filled_goes_on_where_it_was() -> None:
+    walk = Walk(num_blocks=16, block_tokens=(2, 8))
+    key = walk.begin("r", tuple(range(1, 18)))
+    for _ in range(2):
+        walk.step()
+        walk.talk()
+    walk.copy()
+    walk.see()  # its Confirm is on the way ...
+    walk.world.break_link("d0", "p0")  # ... and lost
+    walk.world.open_link("d0", "p0")
+    walk.talk()
+    assert (walk.sink(key).confirmed, walk.sink(key).committed) == (2, 0)
+    walk.world.settle()
+    assert key in walk.world.completions
+
+
+def test_begin_that_counts_blocks_of_another_size_than_introduced_is_data_loss() -> None:
+    walk = Walk(block_tokens=(2, 4))
+    key = walk.place()
+    walk.arrive()
+    walk.world.links["d0", "p0"].down.clear()
+    assert walk.say_to_sink(Begin(key, 8, 2)) == [BeginReply(key, Refused("CANCELLED"))]
+    assert walk.end(key, Side.SINK).cause is FailureCause.DATA_LOSS
+
+
+def test_begin_of_more_tokens_than_the_pool_holds_is_too_large_whatever_the_blocks() -> None:
+    walk = Walk(num_blocks=8, block_tokens=(8, 2))
+    unknown = HandoffKey("unknown", 1, walk.d.incarnation)
+    assert walk.say_to_sink(Begin(unknown, 17, 3)) == [BeginReply(unknown, Refused("TOO_LARGE"))]
+    assert isinstance(walk.say_to_sink(Begin(unknown, 16, 2))[0].answer, NotNow)  # type: ignore[union-attr]

@@ -397,9 +397,9 @@ class HandoffManager:
         self._perform(self._fetches.sink.fence(incarnation))
         self._fetches.policy.forget(incarnation)
 
-    def sink_over(self, incarnation: str) -> None:
+    def sink_over(self, incarnation: str, cause: FailureCause) -> None:
         """See PeersOwner."""
-        self._perform(self._source.fence(incarnation, self._clock()))
+        self._perform(self._source.fence(incarnation, self._clock(), cause))
         self._perform(self._fetches.source.fence(incarnation, self._clock()))
 
     def sink_suspect(self, incarnation: str, is_suspect: bool) -> None:

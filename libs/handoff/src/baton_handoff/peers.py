@@ -41,7 +41,7 @@ class PeersOwner(LinkOwner, Protocol):
     def source_over(self, incarnation: str, cause: FailureCause) -> None:
         """Every handoff pulled from that source ends."""
 
-    def sink_over(self, incarnation: str) -> None:
+    def sink_over(self, incarnation: str, cause: FailureCause) -> None:
         """Every handoff pinned for that sink ends."""
 
     def sink_suspect(self, incarnation: str, is_suspect: bool) -> None:
@@ -164,7 +164,9 @@ class Peers:
         if is_news:
             self._owner.peer_down(incarnation, reason)
 
-    def fence_sink(self, incarnation: str, reason: FenceReason, *, is_news: bool = True) -> None:
+    def fence_sink(
+        self, incarnation: str, reason: FenceReason, *, is_news: bool = True, cause: FailureCause = FailureCause.PEER_FENCED
+    ) -> None:
         """A sink is over for us: what was pinned for it is free."""
         if incarnation in self.servicer.peers:
             log.warning("sink_fenced", peer=incarnation, reason=reason)
@@ -172,7 +174,7 @@ class Peers:
         self.servicer.drop(incarnation, f"fenced: {reason}")
         for transport in self._transports:
             transport.forbid(incarnation)
-        self._owner.sink_over(incarnation)
+        self._owner.sink_over(incarnation, cause)
         if is_news:
             self._owner.peer_down(incarnation, reason)
 
@@ -191,12 +193,14 @@ class Peers:
         self._rumours.pop(incarnation, None)  # it has said hello since
         client = self.clients.get(incarnation)
         known = self.introductions.get(incarnation)
-        if client is None or known is None:
-            return
-        client.introduced()
-        if known.refusal:
+        if client is not None and known is not None:
+            client.introduced()
+        if known is not None and known.refusal:
             log.warning("pair_refused", peer=incarnation, why=known.refusal)
-            self.fence_source(incarnation, FailureCause.NO_INTRODUCTION, FenceReason.STREAM_BROKEN, is_news=False)
+            refused, reason = FailureCause.NO_INTRODUCTION, FenceReason.STREAM_BROKEN
+            if client is not None:
+                self.fence_source(incarnation, refused, reason, is_news=False)
+            self.fence_sink(incarnation, reason, is_news=False, cause=refused)
 
     def _judge_sink(self, incarnation: str, peer: SinkPeer, now: float) -> None:
         state, reason = peer.watch.judge(now)

@@ -273,11 +273,11 @@ class SourceBook:
             self._linked[incarnation] = not is_suspect
         return self._done(now)
 
-    def fence(self, incarnation: str, now: float) -> list[Action]:
-        """A sink is taken for dead: everything with it ends here, nothing is said to it."""
+    def fence(self, incarnation: str, now: float, cause: FailureCause = FailureCause.PEER_FENCED) -> list[Action]:
+        """A sink is taken for dead, or may not be paired with: everything with it ends here, nothing is said to it."""
         self._linked.pop(incarnation, None)
         for handoff in self.live_with(incarnation):
-            self._fail(handoff, FailureCause.PEER_FENCED, now)
+            self._fail(handoff, cause, now)
         return self._done(now)
 
     def set_draining(self, now: float) -> list[Action]:
@@ -449,7 +449,7 @@ class SourceBook:
         self._end(handoff, EndReason.REFUSED, Outcome.CANCELLED, now, tell="DRAINING", error=Unavailable("the instance is draining"))
 
     def _fail(self, handoff: SourceHandoff, cause: FailureCause, now: float, tell: str = "") -> None:
-        outcome = {FailureCause.PEER_FENCED: Outcome.FENCED, FailureCause.DATA_LOSS: Outcome.DATA_LOSS}.get(cause, Outcome.CANCELLED)
+        outcome = _OUTCOME_OF_CAUSE.get(cause, Outcome.CANCELLED)
         self._end(handoff, EndReason.HANDOFF_FAILED, outcome, now, tell=tell, cause=cause)
 
     def _end(
@@ -554,3 +554,10 @@ class SourceBook:
         holding = [*self._begun.values(), *self._queue.awaiting_answer()]
         others = sum(other.num_blocks - other.confirmed for other in holding if other.peer.incarnation == peer)
         return others > 0 and others + handoff.num_blocks > self._config.peer_share * self._total_blocks
+
+
+_OUTCOME_OF_CAUSE = {
+    FailureCause.PEER_FENCED: Outcome.FENCED,
+    FailureCause.DATA_LOSS: Outcome.DATA_LOSS,
+    FailureCause.NO_INTRODUCTION: Outcome.FAILED,
+}

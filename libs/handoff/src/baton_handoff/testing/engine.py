@@ -137,13 +137,21 @@ class FakeEngine:
     Contents: byte 0 of block i of a sequence is `fill(request, i)`, and so are all others.
     """
 
-    def __init__(self, num_blocks: int, layout: BlockLayout, pool: KvPool, chunk_blocks: int = 2, fingerprint: str = "f" * 16) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        layout: BlockLayout,
+        pool: KvPool,
+        chunk_blocks: int = 2,
+        fingerprint: str = "f" * 16,
+        hash_block_tokens: int = 0,
+    ) -> None:
         self.info = EngineInfo(max_model_tokens=1 << 20, vocab_size=1 << 16, eos_token_ids=frozenset(), fingerprint=fingerprint)
         self.pool = pool
         self.blocks = BlockManager(num_blocks)
         self.is_paused = False
         self.beat_age_s = 0.0
-        self._mini = MiniEngine(self.blocks, layout.block_tokens, self._fill, chunk_blocks)
+        self._mini = MiniEngine(self.blocks, layout.block_tokens, self._fill, chunk_blocks, hash_block_tokens)
         self._wake = asyncio.Event()
         self._is_closed = False
         self._step = 0

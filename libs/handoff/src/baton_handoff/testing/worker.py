@@ -59,7 +59,10 @@ class TestWorker:
         provider: TracerProvider | None = None,
         listen: str = "127.0.0.1:0",
         fingerprint: str = "f" * 16,
+        hash_block_tokens: int = 0,
     ) -> None:
+        """hash_block_tokens: granularity of the hash chain; 0: the layout's block size."""
+        self._hash_block_tokens = hash_block_tokens or layout.block_tokens
         self.name = name
         self.incarnation = new_incarnation()
         self.registry = CollectorRegistry()
@@ -80,7 +83,9 @@ class TestWorker:
 
     async def __aenter__(self) -> "TestWorker":
         pool = KvPool(np.full((self._num_blocks, self._layout.block_bytes), 255, np.uint8), self._layout)
-        self.engine = FakeEngine(self._num_blocks, self._layout, pool, fingerprint=self._fingerprint)
+        self.engine = FakeEngine(
+            self._num_blocks, self._layout, pool, fingerprint=self._fingerprint, hash_block_tokens=self._hash_block_tokens
+        )
         self.transport = LoopbackTransport(self._network, pool, self.incarnation)
         await self.transport.open()
         server = GrpcServer(self._listen)
@@ -101,7 +106,7 @@ class TestWorker:
             instance_id=self.name,
             incarnation=self.incarnation,
             grpc_address=address,
-            model=Model(served_name="m", fingerprint=self._fingerprint, hash_block_tokens=self._layout.block_tokens),
+            model=Model(served_name="m", fingerprint=self._fingerprint, hash_block_tokens=self._hash_block_tokens),
             layout=layout_record(self._layout),
             transports=[TransportOffer(name="loopback", parameters=self.transport.offer())],
         )
