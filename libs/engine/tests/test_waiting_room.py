@@ -17,6 +17,7 @@ def test_room_is_kept_after_a_second_of_refusals_from_who_comes_later():
     room = WaitingRoom()
     refused(room, "old", 1.0, 10.0, 10.9)
     assert room.kept_from("young", Turn(2.0, 10.9)) == 0
+    room.at(11.1)
     assert room.kept_from("young", Turn(2.0, 11.1)) == 5
     assert room.kept_from("older", Turn(0.5, 11.1)) == 0
     assert room.kept_from("old", Turn(1.0, 11.1)) == 0

@@ -2,7 +2,7 @@ from array import array
 
 import pytest
 from baton_engine.api import EngineRequest, Priority, SequenceKey, Work
-from baton_handoff.admission import OfferQueue, OldestRefused, Waiting, check_start
+from baton_handoff.admission import OfferQueue, Waiting, check_start
 from baton_handoff.config import Times
 from baton_handoff.ids import HandoffKey, PeerRef
 from baton_handoff.tombstones import Tombstones
@@ -42,7 +42,6 @@ def test_offered_and_not_due_ones_are_left_out() -> None:
     queue.add(second)
     queue.offered(first, 2.0)
     assert names(queue, 2.0) == ["b"]
-    assert queue.offered_blocks == 2
     queue.offer_answered(first, retry_at=2.5)
     assert names(queue, 2.4) == ["b"]
     assert queue.next_retry_at(2.4) == 2.5
@@ -68,58 +67,6 @@ def test_offer_nobody_answers_stops_to_count_as_ahead() -> None:
     queue.offered(entry, 2.0)
     assert list(queue.recently_offered(2.05)) == [entry]
     assert list(queue.recently_offered(2.2)) == []
-    assert queue.offered_blocks == 2
-
-
-def test_refusals_double_the_delay_up_to_a_quarter_second() -> None:
-    refused = OldestRefused(TIMES)
-    ticket = waiting("a", 1.0)
-    assert [round(refused.refuse(ticket, 5, 2.0), 3) for _ in range(6)] == [0.02, 0.04, 0.08, 0.16, 0.25, 0.25]
-
-
-def refused_for(seconds: float, ticket: Waiting) -> OldestRefused:
-    refused = OldestRefused(TIMES)
-    refused.refuse(ticket, 5, 10.0)
-    refused.refuse(ticket, 5, 10.0 + seconds)
-    return refused
-
-
-def test_room_is_kept_from_younger_ones_after_a_second_of_refusals() -> None:
-    old, young = waiting("old", 1.0), waiting("young", 2.0)
-    assert refused_for(0.9, old).room_kept_from(young, 11.0) == 0
-    assert refused_for(1.1, old).room_kept_from(young, 11.1) == 5
-    assert refused_for(1.1, young).room_kept_from(old, 11.1) == 0
-    assert refused_for(1.1, old).room_kept_from(old, 11.1) == 0
-
-
-def test_ticket_that_is_offered_no_more_keeps_nobody_out() -> None:
-    assert refused_for(1.1, waiting("old", 1.0)).room_kept_from(waiting("young", 2.0), 12.5) == 0
-
-
-def test_batch_keeps_interactive_out_only_when_aged() -> None:
-    old = waiting("old", 1.0, Priority.BATCH)
-    assert refused_for(1.1, old).room_kept_from(waiting("young", 10.0), 11.1) == 5  # ten seconds old
-    old = waiting("old", 9.0, Priority.BATCH)
-    assert refused_for(1.1, old).room_kept_from(waiting("young", 10.0), 11.1) == 0
-    assert refused_for(1.1, old).room_kept_from(waiting("young", 10.0, Priority.BATCH), 11.1) == 5
-
-
-def test_forgotten_ticket_keeps_nobody_out() -> None:
-    old = waiting("old", 1.0)
-    refused = refused_for(1.1, old)
-    refused.forget(old)
-    assert refused.room_kept_from(waiting("young", 2.0), 11.1) == 0
-
-
-def test_first_is_the_oldest_of_the_highest_class_that_was_refused_for_a_second() -> None:
-    tickets = [waiting("batch", 9.0, Priority.BATCH), waiting("old", 9.5), waiting("young", 10.0)]
-    refused = OldestRefused(TIMES)
-    for ticket in tickets:
-        refused.refuse(ticket, 5, 10.0)
-        refused.refuse(ticket, 5, 10.9)
-    assert not any(refused.is_first(ticket, 10.9) for ticket in tickets)
-    assert [refused.is_first(ticket, 11.1) for ticket in tickets] == [False, True, False]
-    assert not refused.is_first(tickets[1], 12.5)  # offered no more
 
 
 def request(num_tokens: int, attempt: int = 1) -> EngineRequest:

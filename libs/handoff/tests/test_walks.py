@@ -3,7 +3,9 @@
 import random
 from collections.abc import Callable
 
+import pytest
 from baton_engine.api import Priority, SequenceKey
+from baton_engine.errors import CacheFull
 from baton_handoff.actions import Completed, Ended, Send
 from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, HandoffEnd, HandoffKey, Outcome, Side
@@ -472,11 +474,50 @@ def test_source_without_room_offers_nothing() -> None:
     walk.world.settle()
 
 
-def test_source_whose_room_is_gone_after_the_offer_cancels() -> None:
+def test_room_of_an_offer_is_nobody_elses_until_the_sink_has_answered() -> None:
     walk = Walk()
     key = walk.place()
     walk.arrive()
+    assert walk.source(key).state is SourceState.OFFERED
+    own = SequenceKey("own", 1)
+    with pytest.raises(CacheFull):
+        walk.p.blocks.acquire(own, [], 6)
+    assert walk.say_to_source(BeginReply(key, NotNow(20))) == []
+    walk.p.blocks.acquire(own, [], 6)
+    walk.world.pass_time(0.05)
+    assert walk.source(key).state is SourceState.QUEUED  # due again, and without room
+    walk.p.blocks.release(own)
+    walk.world.pass_time(0.05)
+    walk.talk()
+    assert walk.source(key).state is SourceState.COMPUTING
+    walk.world.settle()
+
+
+def test_ticket_is_told_not_now_at_growing_intervals() -> None:
+    walk = Walk(num_blocks=8)
+    walk.d.blocks.acquire(SequenceKey("own", 1), [], 8)
+    walk.place()
+    walk.arrive()
+    for _ in range(40):
+        walk.talk()
+        walk.world.pass_time(0.05)
+    waits = [m.answer.retry_after_ms for m in walk.seen if isinstance(m, BeginReply) and isinstance(m.answer, NotNow)]
+    assert waits[:6] == [20, 40, 80, 160, 250, 250]
+    walk.d.blocks.release(SequenceKey("own", 1))
+    walk.world.settle()
+
+
+def test_source_that_hears_of_an_accepted_offer_without_room_cancels() -> None:
+    """The sink has accepted, its answer was lost with the link, and the room the offer had was taken since."""
+    walk = Walk()
+    key = walk.place()
+    walk.arrive()
+    walk.world.deliver_down("d0", "p0")
+    assert walk.sink(key).state is SinkState.PULLING
+    walk.world.break_link("d0", "p0")
+    walk.world.perform(walk.p, walk.p.source.link_closed(walk.d.incarnation, walk.world.now))
     walk.p.blocks.acquire(SequenceKey("own", 1), [], 6)
+    walk.world.open_link("d0", "p0")
     walk.talk()
     assert walk.end(key, Side.SOURCE).reason is EndReason.REFUSED
     assert walk.end(key, Side.SINK).cause is FailureCause.PEER_CANCELLED

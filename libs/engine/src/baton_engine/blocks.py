@@ -131,10 +131,15 @@ class BlockManager:
         with self._lock:
             return len(self._matching(hashes))
 
-    def can_hold(self, num_blocks: int) -> bool:
-        """Whether num_blocks could be taken now (free + cached)."""
+    def promised(self) -> int:
+        """Blocks promised to anybody; they are free or cached."""
         with self._lock:
-            return num_blocks <= len(self._free) + len(self._cached)
+            return self._room.promised
+
+    def available(self) -> int:
+        """Blocks that could be taken now without a turn: free and cached ones, but what is promised or kept for the first in line."""
+        with self._lock:
+            return self._available(None, None)
 
     def acquire(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, *, keep_free: int = 0, turn: Turn | None = None) -> int:
         """Give owner a table of num_blocks blocks, state used: the cached prefix of hashes (at most num_blocks), then fresh
@@ -299,14 +304,15 @@ class BlockManager:
 
     def pin_cached(self, owner: Hashable, first: int, hashes: Sequence[bytes], most: int) -> Sequence[int]:
         """Pin the longest leading run of these hashes that is cached or in use, at most `most` blocks, for another worker's fetch;
-        their ids, possibly none. They count as blocks [first, ...) of the sequence for `unpin`. Takes no block from anybody.
+        their ids, possibly none. They count as blocks [first, ...) of the sequence for `unpin`. Takes no block from anybody, and
+        no room that is promised or kept.
 
         Raises: ValueError if owner has a table or pins.
         """
         with self._lock:
             if owner in self._tables or owner in self._pins:
                 raise ValueError(f"{owner} has a table or pins already")
-            blocks = self._matching(hashes[:most])
+            blocks = self._with_room(self._matching(hashes[:most]))
             if not blocks:
                 return ()
             for block in blocks:
@@ -423,16 +429,31 @@ class BlockManager:
 
     def _admit(self, owner: Hashable, num_fresh: int, num_evictable: int, keep_free: int, turn: Turn | None) -> None:
         """Whether owner may take num_fresh blocks, and num_evictable ones out of the cache, now. Raises: CacheFull."""
-        room = self._room
-        kept = room.kept_from(owner, turn) + room.promised_to_others(owner)
-        if not num_fresh or (not self._tables and not self._pins) or room.first() == owner:
+        if turn is not None:
+            self._room.at(turn.now)
+        if not num_fresh or (not self._tables and not self._pins) or self._room.first() == owner:
             keep_free = 0
-        available = len(self._free) + len(self._cached) - kept - keep_free
+        available = self._available(owner, turn) - keep_free
         num_wanted = num_fresh + num_evictable
-        if num_wanted > available and num_wanted:
+        if num_wanted > max(0, available):
             if turn is not None:
-                room.refuse(owner, turn, num_wanted)
+                self._room.refuse(owner, turn, num_wanted)
             raise CacheFull(num_fresh, max(0, available - num_evictable))
+
+    def _available(self, owner: Hashable, turn: Turn | None) -> int:
+        """Free and cached blocks that owner may take; below 0 if others are promised or kept more than there are."""
+        kept = self._room.kept_from(owner, turn) + self._room.promised_to_others(owner)
+        return len(self._free) + len(self._cached) - kept
+
+    def _with_room(self, blocks: list[int]) -> list[int]:
+        """The leading ones that can be pinned without taking room: those nobody holds are available until then."""
+        available = self._available(None, None)
+        for index, block in enumerate(blocks):
+            if block in self._cached:
+                if available <= 0:
+                    return blocks[:index]
+                available -= 1
+        return blocks
 
     def _make_table(self, owner: Hashable, hashes: Sequence[bytes], shared: list[int], num_blocks: int, *, reserved: bool) -> None:
         for block in shared:  # before any eviction, which must not take these

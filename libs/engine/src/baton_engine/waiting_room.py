@@ -67,17 +67,19 @@ class WaitingRoom:
 
     def kept_from(self, owner: Hashable, turn: Turn | None) -> int:
         """Blocks owner must leave available for the one that goes first. Who asks without a turn goes last."""
-        if turn is not None:
-            self._now = max(self._now, turn.now)
         first = self.first()
         if first is None or first == owner or owner in self._promises:
             return 0
         claim = self._claims[first]
         return 0 if turn is not None and turn.rank < claim.rank else claim.num_blocks
 
+    def at(self, now: float) -> None:
+        """It is that late."""
+        self._now = max(self._now, now)
+
     def refuse(self, owner: Hashable, turn: Turn, num_blocks: int) -> None:
         """There is no room for num_blocks now: owner waits in line, from its first refusal on."""
-        self._now = max(self._now, turn.now)
+        self.at(turn.now)
         claim = self._claims.setdefault(owner, _Claim(turn.rank, turn.now, turn.now, turn.stays, num_blocks))
         claim.last, claim.num_blocks = turn.now, num_blocks
 
@@ -92,7 +94,7 @@ class WaitingRoom:
 
     def expire(self, now: float) -> bool:
         """Time has passed. Returns: whether others may have room now that had none."""
-        self._now = max(self._now, now)
+        self.at(now)
         silent = [owner for owner, claim in self._claims.items() if not claim.stays and now - claim.last > SILENT_S]
         for owner in silent:
             del self._claims[owner]

@@ -1,4 +1,4 @@
-"""Who goes first: the checks of a Start, the order of offers at the source, and the oldest refused ticket at the sink."""
+"""The checks of a Start, and the order of offers at the source. Who goes first when blocks are short: baton_engine.waiting_room."""
 
 import bisect
 from collections.abc import Iterable, Iterator
@@ -34,7 +34,7 @@ W = TypeVar("W", bound=Waiting)
 
 
 def age_order(waiting: Waiting, times: Times) -> float:
-    """Sort key, oldest first: batch requests count as younger by the ageing time, so that none waits for ever."""
+    """Rank, oldest first: batch requests count as younger by the ageing time, so that none waits for ever."""
     return waiting.started_at + (times.batch_ageing_s if waiting.priority is Priority.BATCH else 0.0)
 
 
@@ -65,11 +65,6 @@ class OfferQueue(Generic[W]):
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    @property
-    def offered_blocks(self) -> int:
-        """Blocks that will be taken if all offers are accepted."""
-        return sum(waiting.num_blocks for waiting in self._offered.values())
 
     def add(self, waiting: W) -> None:
         """A Start arrived."""
@@ -116,63 +111,3 @@ class OfferQueue(Generic[W]):
 
     def _order(self, waiting: W) -> float:
         return age_order(waiting, self._times)
-
-
-@dataclass(slots=True)
-class Refusals:
-    """Why and since when one ticket has been told not now for lack of room. wanted_blocks: fresh blocks it lacked."""
-
-    since: float
-    last: float
-    wanted_blocks: int
-    delay_s: float
-
-
-class OldestRefused:
-    """Keeps a large ticket from waiting for ever behind small ones: younger ones of its class or a lower one leave its room alone.
-
-    All its state: `_refusals` by handoff. A refused ticket holds nothing; and it counts only while it is offered again and
-    again, so that a source that has gone quiet does not keep others out.
-    """
-
-    def __init__(self, times: Times) -> None:
-        self._times = times
-        self._refusals: dict[HandoffKey, tuple[Waiting, Refusals]] = {}
-
-    def refuse(self, ticket: Waiting, wanted_blocks: int, now: float) -> float:
-        """It was told not now. Returns: in how many seconds it should be offered again."""
-        _, refusals = self._refusals.setdefault(
-            ticket.key, (ticket, Refusals(since=now, last=now, wanted_blocks=wanted_blocks, delay_s=self._times.retry_min_s / 2))
-        )
-        refusals.last = now
-        refusals.wanted_blocks = wanted_blocks
-        refusals.delay_s = min(2 * refusals.delay_s, self._times.retry_max_s)
-        return refusals.delay_s
-
-    def forget(self, ticket: Waiting) -> None:
-        """It fits, or is gone. Idempotent."""
-        self._refusals.pop(ticket.key, None)
-
-    def room_kept_from(self, ticket: Waiting, now: float) -> int:
-        """Blocks that ticket must leave free for an older one; 0: none."""
-        older = [
-            (other.started_at, refusals.wanted_blocks)
-            for other, refusals in self._refusals.values()
-            if other is not ticket and self._goes_before(other, ticket, now) and self._is_active(refusals, now)
-        ]
-        return min(older)[1] if older else 0
-
-    def is_first(self, ticket: Waiting, now: float) -> bool:
-        """Whether it is the ticket that room is kept for: of those refused for long, of the highest class, the oldest."""
-        active = (other for other, refusals in self._refusals.values() if self._is_active(refusals, now))
-        return ticket is min(active, key=lambda other: (self._rank(other, now), other.started_at), default=None)
-
-    def _goes_before(self, other: Waiting, ticket: Waiting, now: float) -> bool:
-        return other.started_at < ticket.started_at and self._rank(other, now) <= self._rank(ticket, now)
-
-    def _is_active(self, refusals: Refusals, now: float) -> bool:
-        return now - refusals.since > self._times.oldest_refused_s and now - refusals.last <= self._times.oldest_refused_s
-
-    def _rank(self, ticket: Waiting, now: float) -> Priority:
-        has_aged = now - ticket.started_at > self._times.batch_ageing_s
-        return Priority.INTERACTIVE if has_aged else ticket.priority

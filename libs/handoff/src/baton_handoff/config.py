@@ -19,8 +19,7 @@ class Times:
     retry_min_s: float = 0.02
     retry_max_s: float = 0.25
     tombstone_s: float = 60.0
-    oldest_refused_s: float = 1.0  # a ticket refused that long goes before younger ones
-    batch_ageing_s: float = 10.0  # a batch request that waited that long is treated as interactive
+    batch_ageing_s: float = 10.0  # a batch request counts as younger by so much
     stall_s: float = 2.0  # own loop stood still
     stranded_s: float = 5.0
     link_idle_s: float = 60.0

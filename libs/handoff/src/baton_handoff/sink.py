@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from baton_engine.api import EngineRequest
-from baton_engine.blocks import BlockManager
+from baton_engine.blocks import BlockManager, Turn
 from baton_engine.errors import CacheFull
 from baton_engine.pool import BlockLayout
 from baton_runtime.errors import BatonError, Draining, QueueFull
 
 from baton_handoff.actions import Action, Completed, Ended, Report, Send, StartPull
-from baton_handoff.admission import OldestRefused, Waiting, age_order, check_start
+from baton_handoff.admission import Waiting, age_order, check_start
 from baton_handoff.config import HandoffConfig
 from baton_handoff.cut import Cut, num_blocks
 from baton_handoff.ids import (
@@ -82,6 +82,7 @@ class SinkHandoff(Waiting):
     cached_tokens: int = 0
     last_chunk_blocks: int = 0  # of the newest announce
     outcome: Outcome | None = None
+    retry_s: float = 0.0  # after which it was last told to be offered again
 
     @property
     def announced(self) -> int:
@@ -108,7 +109,7 @@ class SinkBook:
     """All handoffs for which this worker is the sink.
 
     All its mutable state: `_live` by request_id (one attempt at a time), `_begun`, those of them that hold blocks, `_draining`
-    and `_running` by operation number, `_tombstones`, `_refused`. The table of a live handoff belongs to it; with Completed it
+    and `_running` by operation number, `_tombstones`. The table of a live handoff belongs to it; with Completed it
     goes over to the engine.
     """
 
@@ -131,7 +132,6 @@ class SinkBook:
         self._running: dict[int, SinkHandoff] = {}
         self._last_operation = 0
         self._tombstones = Tombstones(config.times.tombstone_s)
-        self._refused = OldestRefused(config.times)
         self._is_draining = False
         self._out: list[Action] = []
 
@@ -261,6 +261,7 @@ class SinkBook:
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
         self._tombstones.expire(now)
+        self._blocks.expire_waiting(now)  # of all kinds, offers of our own as a source too
         return self._done()
 
     # Everything below changes state and appends to _out.
@@ -298,27 +299,27 @@ class SinkBook:
         return NotNow(round(self._config.times.retry_min_s * 1e3))  # its Start may be on its way
 
     def _reserve(self, handoff: SinkHandoff, source: BlockLayout, now: float) -> Accepted | NotNow:
-        kept = self._refused.room_kept_from(handoff, now)
-        if kept and not self._blocks.can_hold(handoff.num_blocks + kept):
-            return self._not_now(handoff, handoff.num_blocks, now)
-        # Waived for the one that room is kept for: else one of nearly the whole pool would wait until nothing runs here at all.
-        keep_free = 0 if self._refused.is_first(handoff, now) else self._blocks.growth_headroom
+        turn, keep_free = Turn(age_order(handoff, self._config.times), now), self._blocks.growth_headroom
         try:
-            handoff.committed = self._blocks.reserve(handoff.key.sequence, handoff.hashes, handoff.num_blocks, keep_free=keep_free)
-        except CacheFull as error:
-            return self._not_now(handoff, error.needed + keep_free, now)
+            handoff.committed = self._blocks.reserve(
+                handoff.key.sequence, handoff.hashes, handoff.num_blocks, keep_free=keep_free, turn=turn
+            )
+        except CacheFull:
+            return self._not_now(handoff)
         handoff.cut = Cut(source, self._shape.layout, handoff.num_tokens, handoff.committed)
         request = handoff.request
         handoff.tags = TagChain(self._shape, request.cache_root, request.token_ids, handoff.num_tokens, source)
         handoff.first = handoff.confirmed = handoff.asked = handoff.pulled = handoff.cut.first_block
         handoff.state = SinkState.PULLING
         self._begun[handoff.key] = handoff
-        self._refused.forget(handoff)
         self._report(handoff, EventKind.BEGUN)
         return Accepted(handoff.first)
 
-    def _not_now(self, handoff: SinkHandoff, wanted_blocks: int, now: float) -> NotNow:
-        return NotNow(round(self._refused.refuse(handoff, wanted_blocks, now) * 1e3))
+    def _not_now(self, handoff: SinkHandoff) -> NotNow:
+        """It waits in line for blocks, as long as it is offered again and again."""
+        times = self._config.times
+        handoff.retry_s = min(2 * handoff.retry_s or times.retry_min_s, times.retry_max_s)
+        return NotNow(round(handoff.retry_s * 1e3))
 
     def _announced(self, handoff: SinkHandoff | None, peer_incarnation: str, message: Announce) -> None:
         if handoff is None or handoff.state is not SinkState.PULLING:
@@ -409,7 +410,7 @@ class SinkBook:
         running operation returns."""
         was_begun = self._begun.pop(handoff.key, None) is not None
         del self._live[handoff.key.request_id]
-        self._refused.forget(handoff)
+        self._blocks.withdraw(handoff.key.sequence)
         refusal = "DRAINING" if tell == "DRAINING" else "CANCELLED"
         self._tombstones.bury(handoff.key, Tombstone(outcome, handoff.cut.num_source_blocks, handoff.confirmed, refusal), now)
         handoff.outcome = outcome

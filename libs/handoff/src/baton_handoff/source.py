@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from baton_engine.api import BlocksReady, EngineRequest, SequenceEnd, SequenceKey, Work
 from baton_engine.api import EndReason as EngineEnd
-from baton_engine.blocks import BlockManager
+from baton_engine.blocks import BlockManager, Turn
 from baton_engine.errors import CacheFull
 from baton_engine.pool import BlockLayout
 from baton_runtime.errors import BatonError, Internal, InvalidArgument, QueueFull, Unavailable
 
 from baton_handoff.actions import Action, CancelEngine, CancelFetch, Ended, Report, Send, StartEngine, StartFetch
-from baton_handoff.admission import OfferQueue, check_start
+from baton_handoff.admission import OfferQueue, age_order, check_start
 from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import (
     ConfirmAnswer,
@@ -315,10 +315,18 @@ class SourceBook:
             if self._is_over_share(handoff):
                 held_back.add(peer)
                 continue
-            if not self._blocks.can_hold(self._queue.offered_blocks + handoff.num_blocks):
-                return  # nobody overtakes for lack of our own room, or the largest would wait for ever
+            if not self._promise(handoff, now):
+                return  # no other offer of ours overtakes; those of others wait in line with it
             self._offer(handoff, now)
             ahead += self._counted(handoff.num_tokens)
+
+    def _promise(self, handoff: SourceHandoff, now: float) -> bool:
+        """Keep our own room for an offer as a number, until it is taken, or the sink does not take it."""
+        try:
+            self._blocks.promise(handoff.key.sequence, handoff.num_blocks, Turn(age_order(handoff, self._times), now))
+        except CacheFull:
+            return False
+        return True
 
     def _offer(self, handoff: SourceHandoff, now: float) -> None:
         handoff.state = SourceState.OFFERED
@@ -328,6 +336,7 @@ class SourceBook:
     def _back_to_queue(self, handoff: SourceHandoff, now: float, *, retry_at: float) -> None:
         """The sink has not taken it. While draining nothing is offered any more, so it is placed elsewhere."""
         handoff.state = SourceState.QUEUED
+        self._blocks.withdraw(handoff.key.sequence)
         self._queue.offer_answered(handoff, retry_at)
         if self._is_draining:
             self._hand_back(handoff, now)
@@ -361,7 +370,7 @@ class SourceBook:
         try:
             num_cached = self._blocks.acquire(handoff.key.sequence, handoff.hashes, handoff.num_blocks)
         except CacheFull as error:
-            # What was counted on is gone (sequences of our own took it): the sink gives its blocks back, the frontend places again.
+            # Only if it was offered without a promise (link_up): the sink gives its blocks back, the frontend places again.
             facts = Unavailable(f"no room after the offer: {error}", needed=error.needed, available=error.available)
             self._end(handoff, EndReason.REFUSED, Outcome.FAILED, now, tell="NO_ROOM", error=facts)
             return
@@ -466,6 +475,7 @@ class SourceBook:
         """The one way out. After it nothing is held but what the engine's running step still uses."""
         was_begun = handoff.is_begun
         self._queue.remove(handoff)
+        self._blocks.withdraw(handoff.key.sequence)
         self._begun.pop(handoff.key, None)
         del self._live[handoff.key.request_id]
         confirmed = handoff.confirmed if was_begun else 0

@@ -2,7 +2,8 @@
 
 What is simulated: processes that stop, wake, crash and restart; links that are FIFO within a direction, break, lose what was on
 the way and are re-opened with a hello; engines that step; pulls that copy unit by unit and end whenever the test wants; one
-frontend that places requests, cancels, and places again. Sources and sinks may have blocks of different sizes; contents are kept
+frontend that places requests, cancels, and places again; with `fetches`, prefill instances that fetch what decode or another one has
+cached (fetches alone: `fetch_net`). Sources and sinks may have blocks of different sizes; contents are kept
 and checked token by token. What is checked after every event: `World.check`.
 """
 
@@ -17,18 +18,33 @@ from baton_engine.blocks import BlockManager
 from baton_engine.pool import BlockLayout
 from baton_runtime.errors import BatonError
 
-from baton_handoff.actions import Action, CancelEngine, Completed, Ended, Report, Send, StartEngine, StartPull
+from baton_handoff.actions import (
+    Action,
+    CancelEngine,
+    CancelFetch,
+    Completed,
+    Ended,
+    FetchEnded,
+    Report,
+    Send,
+    StartEngine,
+    StartFetch,
+    StartPull,
+)
 from baton_handoff.config import HandoffConfig
-from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, HandoffEnd, HandoffKey, PeerRef, Side
+from baton_handoff.fetch_sink import FetchSinkBook, SinkFetch
+from baton_handoff.fetch_source import FetchSourceBook
+from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, FetchEnd, FetchHint, HandoffEnd, HandoffKey, PeerRef, Side
 from baton_handoff.messages import ConfirmReply, Message
 from baton_handoff.sink import SinkBook, SinkHandoff, SinkState
-from baton_handoff.source import SourceBook, SourceHandoff
+from baton_handoff.source import SourceBook, SourceHandoff, SourceState
 from baton_handoff.tag import KvShape
 from baton_handoff.testing.engine import MiniEngine
 
 BLOCK_TOKENS = 2
 LAYOUT = BlockLayout(num_layers=1, block_tokens=BLOCK_TOKENS, num_kv_heads=1, head_dim=1, dtype="float32")
 ROOT = b"\0" * 16
+FETCH_LIMIT_S = 1.0
 
 Content = tuple[int, ...]  # what the slot of a token should hold: the tokens it depends on, from the first one of the sequence
 Memory = list[list[Content | None]]  # by block, by slot
@@ -85,6 +101,8 @@ class Process:
         config: HandoffConfig,
         layout: BlockLayout = LAYOUT,
         layout_of: Callable[[str], BlockLayout | None] = lambda incarnation: None,
+        *,
+        fetches: bool = False,
     ) -> None:
         self.name = name
         self.life = life
@@ -94,12 +112,20 @@ class Process:
         self.block_tokens = layout.block_tokens
         self.memory: Memory = [[None] * self.block_tokens for _ in range(num_blocks)]
         shape = KvShape(self.incarnation, "model", layout, BLOCK_TOKENS)
-        self.source = SourceBook(self.blocks, shape, config, layout_of)
+
+        def wants_fetch(incarnation: str, num_tokens: int) -> bool:
+            layout_there = layout_of(incarnation)
+            return fetches and incarnation != self.incarnation and (layout_there is None or layout_there.block_tokens == self.block_tokens)
+
+        self.source = SourceBook(self.blocks, shape, config, layout_of, wants_fetch)
+        self.fetch_source = FetchSourceBook(self.blocks, shape, config)
+        self.fetch_sink = FetchSinkBook(self.blocks, shape, config)
+        self.fetch_ends: list[FetchEnd] = []
         self.sink = SinkBook(self.blocks, shape, config, layout_of)
         self.engine = MiniEngine(self.blocks, self.block_tokens, self._compute, hash_block_tokens=BLOCK_TOKENS)
         self.engine_cancels: list[SequenceKey] = []
         self.outputs: deque[StepOutput] = deque()
-        self.pulls: dict[int, Pull] = {}
+        self.pulls: dict[int, Pull] = {}  # by operation; those of fetches are numbered downwards, from -1
         self.returned: deque[tuple[int, FailureCause | None]] = deque()  # pulls whose result the loop has not seen
         self.decoding: dict[SequenceKey, EngineRequest] = {}
         self.requests: dict[SequenceKey, EngineRequest] = {}
@@ -161,7 +187,10 @@ class World:
         num_blocks: int = 6,
         config: HandoffConfig | None = None,
         block_tokens: tuple[int, int] = (BLOCK_TOKENS, BLOCK_TOKENS),
+        *,
+        fetches: bool = False,
     ) -> None:
+        self.fetches = fetches
         self.config = config or HandoffConfig(operation_bytes=2 * LAYOUT.block_bytes)
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
@@ -169,13 +198,16 @@ class World:
         names = [f"p{i}" for i in range(sources)] + [f"d{i}" for i in range(sinks)]
         self.processes = {name: self._process(name, 1) for name in names}
         self.links = {(d, p): Link(d, p) for d in names if d[0] == "d" for p in names if p[0] == "p"}
+        # What a prefill instance fetches over; from other ones, too.
+        self.back_links = {(p, x): Link(p, x) for p in names if p[0] == "p" for x in names if x != p} if fetches else {}
         self.frontend = Frontend()
         self.ends: list[tuple[HandoffKey, Side, HandoffEnd]] = []
         self.completions: list[HandoffKey] = []
 
     def _process(self, name: str, life: int) -> Process:
         layout = self._layout_of(name)
-        return Process(name, life, self.num_blocks * BLOCK_TOKENS // layout.block_tokens, self.config, layout, self._layout_of)
+        num_blocks = self.num_blocks * BLOCK_TOKENS // layout.block_tokens
+        return Process(name, life, num_blocks, self.config, layout, self._layout_of, fetches=self.fetches)
 
     def _layout_of(self, incarnation: str) -> BlockLayout:
         return replace(LAYOUT, block_tokens=self.block_tokens[incarnation[0] == "d"])
@@ -186,8 +218,8 @@ class World:
         """A new request; not placed yet."""
         self.frontend.requests[request_id] = Request(tuple(token_ids), priority)
 
-    def place(self, request_id: str, prefill: str, decode: str) -> None:
-        """The next attempt: a Cancel for the one before is on its way to both, then both Starts."""
+    def place(self, request_id: str, prefill: str, decode: str, hint: str = "") -> None:
+        """The next attempt: a Cancel for the one before is on its way to both, then both Starts. hint: who is said to have all of it."""
         request = self.frontend.requests[request_id]
         if request.attempt and not request.is_failed_attempt:
             self.cancel(request_id, is_final=False)
@@ -195,7 +227,8 @@ class World:
         request.is_failed_attempt = False
         request.prefill, request.decode = self.processes[prefill].ref(), self.processes[decode].ref()
         for is_sink, here, there in ((False, request.prefill, request.decode), (True, request.decode, request.prefill)):
-            self.frontend.pending.append((here.incarnation, self._start(request_id, request, there, is_sink)))
+            peer = FetchHint(self.processes[hint].ref(), len(request.token_ids)) if hint and not is_sink else None
+            self.frontend.pending.append((here.incarnation, self._start(request_id, request, there, is_sink, peer)))
 
     def cancel(self, request_id: str, *, is_final: bool = True, reason: str = "CLIENT_GONE") -> None:
         """Cancel for the present attempt is on its way to both sides."""
@@ -220,18 +253,22 @@ class World:
             del self.frontend.pending[index]
             self.perform(process, event(process))
 
-    def _start(self, request_id: str, request: Request, there: PeerRef, is_sink: bool) -> Callable[[Process], list[Action]]:
+    def _start(
+        self, request_id: str, request: Request, there: PeerRef, is_sink: bool, hint: FetchHint | None = None
+    ) -> Callable[[Process], list[Action]]:
         key = SequenceKey(request_id, request.attempt)
         work = Work.DECODE_ONLY if is_sink else Work.PREFILL_ONLY
         engine_request = EngineRequest(key, array("I", request.token_ids), len(request.token_ids), ROOT, work, request.priority)
 
         def event(process: Process) -> list[Action]:
             side = Side.SINK if is_sink else Side.SOURCE
-            book = process.sink if is_sink else process.source
             decode_incarnation = process.incarnation if is_sink else there.incarnation
             process.requests[key] = engine_request
             try:
-                actions = book.start(engine_request, there, "", self.now)
+                if is_sink:
+                    actions = process.sink.start(engine_request, there, "", self.now)
+                else:
+                    actions = process.source.start(engine_request, there, "", self.now, hint)
             except BatonError:
                 self._attempt_failed(key)
                 return []
@@ -243,7 +280,8 @@ class World:
     def _cancel(self, process: Process, request_id: str, attempt: int, reason: str) -> list[Action]:
         for key in [key for key in process.decoding if key.request_id == request_id and key.attempt <= attempt]:
             self.finish_decode(process, key)
-        return process.source.cancel(request_id, attempt, reason, self.now) + process.sink.cancel(request_id, attempt, reason, self.now)
+        actions = process.source.cancel(request_id, attempt, reason, self.now) + process.sink.cancel(request_id, attempt, reason, self.now)
+        return actions + process.fetch_sink.cancel(request_id, attempt, reason)
 
     def _attempt_failed(self, key: SequenceKey) -> None:
         request = self.frontend.requests[key.request_id]
@@ -272,7 +310,7 @@ class World:
     def crash(self, name: str) -> None:
         """The process dies and is started again. Its peers see their links reset; who holds blocks for it fences later."""
         old = self.processes[name]
-        for link in self.links.values():
+        for link in self.every_link().values():
             if name in (link.sink, link.source):
                 self._break(link)
         self.processes[name] = self._process(name, old.life + 1)
@@ -286,11 +324,13 @@ class World:
         process, other = self.processes[name], incarnation.split(".")[0]
         if process.is_stopped:
             return
-        for link in self.links.values():
+        for link in self.every_link().values():
             if closes_links and {name, other} == {link.sink, link.source}:
                 self._break(link)
         self.perform(process, process.source.fence(incarnation, self.now))
         self.perform(process, process.sink.fence(incarnation, FailureCause.PEER_FENCED, self.now))
+        self.perform(process, process.fetch_source.fence(incarnation, self.now))
+        self.perform(process, process.fetch_sink.fence(incarnation))
 
     def fence_the_dead(self) -> None:
         """Everybody who runs fences every life that is over."""
@@ -304,6 +344,7 @@ class World:
         process = self.processes[name]
         self.perform(process, process.source.set_draining(self.now))
         self.perform(process, process.sink.set_draining(self.now))
+        process.fetch_source.set_draining()
 
     def pass_time(self, seconds: float) -> None:
         """Time passes; running processes tick."""
@@ -312,23 +353,30 @@ class World:
             if not process.is_stopped:
                 self.perform(process, process.source.tick(self.now))
                 self.perform(process, process.sink.tick(self.now))
+                self.perform(process, process.fetch_source.tick(self.now))
+                self.perform(process, process.fetch_sink.tick(self.now))
 
     # Links.
 
+    def every_link(self) -> dict[tuple[str, str], Link]:
+        """Those of handoffs and those that only fetches use."""
+        return {**self.links, **self.back_links}
+
     def open_link(self, sink: str, source: str) -> None:
         """The sink opens or re-opens its link."""
-        link, process = self.links[sink, source], self.processes[sink]
+        link, process = self.every_link()[sink, source], self.processes[sink]
         if link.is_open or process.is_stopped:
             return
         self._break(link)
         peer = self.processes[source].incarnation
         link.sink_incarnation, link.source_incarnation, link.is_open = process.incarnation, peer, True
-        link.up.append(Hello(process.sink.begun_with(peer)))
+        link.up.append(Hello([*process.sink.begun_with(peer), *process.fetch_sink.begun_with(peer)]))
         self.perform(process, process.sink.link_up(peer, self.now))
+        self.perform(process, process.fetch_sink.link_up(peer))
 
     def break_link(self, sink: str, source: str) -> None:
         """It breaks, and what was on the way is lost."""
-        self._break(self.links[sink, source])
+        self._break(self.every_link()[sink, source])
 
     def _break(self, link: Link) -> None:
         was_welcomed = link.is_open and link.is_welcomed
@@ -341,27 +389,34 @@ class World:
 
     def deliver_up(self, sink: str, source: str, *, duplicate: bool = False) -> None:
         """The next message from the sink arrives at the source, perhaps twice."""
-        link = self.links[sink, source]
+        link = self.every_link()[sink, source]
         process = self.find(link.source_incarnation)
         if not link.up or process is None or process.is_stopped:
             return
         message = link.up.popleft()
         if isinstance(message, Hello):
             link.is_welcomed = True
-            self.perform(process, process.source.link_up(link.sink_incarnation, message.listed, self.now))
+            of_fetches = [key for key in message.listed if key.is_fetch]
+            others = [key for key in message.listed if not key.is_fetch]
+            self.perform(process, process.source.link_up(link.sink_incarnation, others, self.now))
+            self.perform(process, process.fetch_source.link_up(link.sink_incarnation, of_fetches, self.now))
             return
+        book = process.fetch_source if message.key.is_fetch else process.source
         for _ in range(2 if duplicate else 1):
-            self.perform(process, process.source.receive(link.sink_incarnation, message, self.now))  # type: ignore[arg-type]
+            self.perform(process, book.receive(link.sink_incarnation, message, self.now))  # type: ignore[arg-type]
 
     def deliver_down(self, sink: str, source: str, *, duplicate: bool = False) -> None:
         """The next message from the source arrives at the sink, perhaps twice."""
-        link = self.links[sink, source]
+        link = self.every_link()[sink, source]
         process = self.find(link.sink_incarnation)
         if not link.down or process is None or process.is_stopped:
             return
         message = link.down.popleft()
         for _ in range(2 if duplicate else 1):
-            self.perform(process, process.sink.receive(link.source_incarnation, message, self.now))  # type: ignore[arg-type]
+            if message.key.is_fetch:
+                self.perform(process, process.fetch_sink.receive(link.source_incarnation, message))  # type: ignore[arg-type]
+            else:
+                self.perform(process, process.sink.receive(link.source_incarnation, message, self.now))  # type: ignore[arg-type]
 
     # Engines and pulls.
 
@@ -387,11 +442,11 @@ class World:
     def own_work(self, name: str) -> None:
         """Sequences of the process's own use every block it may use, write to them, and are over."""
         process = self.processes[name]
-        counts = process.blocks.counts()
-        if process.is_stopped or not counts.free + counts.cached:
+        num_blocks = process.blocks.available()
+        if process.is_stopped or num_blocks <= 0:
             return
         owner = SequenceKey("own", 1)
-        process.blocks.acquire(owner, [], counts.free + counts.cached)
+        process.blocks.acquire(owner, [], num_blocks)
         for block in process.blocks.table(owner):
             process.memory[block] = [(-1,)] * process.block_tokens
         process.blocks.release(owner)
@@ -406,10 +461,9 @@ class World:
         unit = min(source_tokens, process.block_tokens)
         source, source_unit = divmod(pull.start.source_ids[pull.done], source_tokens // unit)
         dest, dest_unit = divmod(pull.start.dest_ids[pull.done], process.block_tokens // unit)
-        table = process.blocks.table(pull.start.key.sequence)
-        assert dest in table[len(table) - process.blocks.held(pull.start.key.sequence) :], (
-            "an operation wrote to a block not reserved for it"
-        )
+        owner = pull.start.key.owner
+        table = process.blocks.table(owner)
+        assert dest in table[len(table) - process.blocks.held(owner) :], "an operation wrote to a block not reserved for it"
         copied = pull.source_memory[source][source_unit * unit : (source_unit + 1) * unit]
         process.memory[dest][dest_unit * unit : (dest_unit + 1) * unit] = copied
         pull.done += 1
@@ -425,7 +479,10 @@ class World:
         process = self.processes[name]
         if not process.is_stopped and process.returned:
             operation, failure = process.returned.popleft()
-            self.perform(process, process.sink.pull_returned(operation, failure, self.now))
+            if operation < 0:
+                self.perform(process, process.fetch_sink.pull_returned(-operation, failure))
+            else:
+                self.perform(process, process.sink.pull_returned(operation, failure, self.now))
 
     def finish_decode(self, process: Process, key: SequenceKey) -> None:
         """The sequence ends at the sink's engine."""
@@ -444,8 +501,8 @@ class World:
             process = self.find(incarnation)
             if process is None or not process.is_stopped:
                 steps.append(partial(self.deliver_pending, index))
-        for (sink, source), link in self.links.items():
-            if not link.is_open and (self.processes[sink].sink.live or self.processes[source].source.live):
+        for (sink, source), link in self.every_link().items():
+            if not link.is_open and self._needs_link(sink, source):
                 steps.append(partial(self.open_link, sink, source))
             steps += [partial(self.deliver_up, sink, source)] * bool(link.up and not self.processes[source].is_stopped)
             steps += [partial(self.deliver_down, sink, source)] * bool(link.down and not self.processes[sink].is_stopped)
@@ -458,6 +515,13 @@ class World:
                 steps += [partial(self.pull_seen, name)] * bool(process.returned)
                 steps += [partial(self.finish_decode, process, key) for key in process.decoding]
         return steps
+
+    def _needs_link(self, sink: str, source: str) -> bool:
+        """Whether the sink or the source would wait for ever without one."""
+        if (sink, source) in self.links and (self.processes[sink].sink.live or self.processes[source].source.live):
+            return True
+        fetching = self.processes[sink].fetch_sink.live_with(self.processes[source].incarnation)
+        return bool(fetching or self.processes[source].fetch_source.live_with(self.processes[sink].incarnation))
 
     # What the books want.
 
@@ -476,7 +540,8 @@ class World:
             process.engine_cancels.append(action.sequence)
         elif isinstance(action, StartPull):
             # The memory of a life that is over is still mapped: a pull reads it, a Confirm is never answered.
-            process.pulls[action.operation] = Pull(action, self._memory_of(action.peer_incarnation))
+            number = -action.operation if action.key.is_fetch else action.operation
+            process.pulls[number] = Pull(action, self._memory_of(action.peer_incarnation))
         elif isinstance(action, Completed):
             self._completed(process, action)
         elif isinstance(action, Ended):
@@ -484,8 +549,29 @@ class World:
             self.ends.append((action.key, action.side, action.end))
             if action.end.reason is not EndReason.PREFILLED:
                 self._attempt_failed(action.key.sequence)
+        elif isinstance(action, StartFetch):
+            self._start_fetch(process, action)
+        elif isinstance(action, CancelFetch):
+            self.perform(process, process.fetch_sink.cancel(action.key.request_id, action.key.attempt, "CANCELLED"))
+        elif isinstance(action, FetchEnded):
+            process.fetch_ends.append(action.end)
+            self.perform(process, process.source.fetch_ended(action.key, action.end, self.now))
         elif isinstance(action, Report):
             process.booked[action.key, action.side] = action.held_blocks
+
+    def _start_fetch(self, process: Process, action: StartFetch) -> None:
+        fetch = SinkFetch(
+            key=action.key,
+            peer=action.peer,
+            priority=action.request.priority,
+            hashes=action.hashes[: action.num_blocks],
+            num_blocks=action.num_blocks,
+            deadline=self.now + FETCH_LIMIT_S,
+            traceparent=action.traceparent,
+        )
+        link = self.every_link().get((process.name, action.peer.instance_id))
+        is_linked = link is not None and link.is_open and link.source_incarnation == action.peer.incarnation
+        self.perform(process, process.fetch_sink.start(fetch, is_linked=is_linked))
 
     def _memory_of(self, incarnation: str) -> Memory:
         process = self.find(incarnation)
@@ -496,12 +582,17 @@ class World:
         if isinstance(action.message, ConfirmReply) and action.message.answer is ConfirmAnswer.CONFIRMED:
             key = action.message.key
             process.confirmed_as_source[key] = max(process.confirmed_as_source.get(key, 0), action.message.end_block)
-        for link in self.links.values():
+        for link in self.every_link().values():
             if not link.is_open:
                 continue
-            if (link.sink_incarnation, link.source_incarnation) == (process.incarnation, action.peer_incarnation):
+            is_from_sink = action.message.key.decode_incarnation == process.incarnation
+            if is_from_sink and (link.sink_incarnation, link.source_incarnation) == (process.incarnation, action.peer_incarnation):
                 link.up.append(action.message)
-            elif link.is_welcomed and (link.source_incarnation, link.sink_incarnation) == (process.incarnation, action.peer_incarnation):
+            elif (
+                not is_from_sink
+                and link.is_welcomed
+                and (link.source_incarnation, link.sink_incarnation) == (process.incarnation, action.peer_incarnation)
+            ):
                 link.down.append(action.message)
 
     def _completed(self, process: Process, action: Completed) -> None:
@@ -525,6 +616,8 @@ class World:
     def check(self, process: Process) -> None:
         """The laws, for one process."""
         process.blocks.check()
+        offered = sum(source.num_blocks for source in process.source.live if source.state is SourceState.OFFERED)
+        assert process.blocks.promised() <= offered, "blocks are promised to an offer that is over"
         for source in process.source.live:
             if not source.is_begun:
                 self._check_holds_nothing(process, source)
@@ -566,7 +659,7 @@ class World:
         for name, process in self.processes.items():
             if process.is_stopped:
                 self.wake(name)
-        for link in self.links.values():
+        for link in self.every_link().values():
             self._break(link)
         self.fence_the_dead()
         for _ in range(max_rounds):
@@ -578,8 +671,8 @@ class World:
     def _settle_round(self) -> None:
         while self.frontend.pending:
             self.deliver_pending()
-        for (sink, source), link in self.links.items():
-            if not link.is_open and (self.processes[sink].sink.live or self.processes[source].source.live):
+        for (sink, source), link in self.every_link().items():
+            if not link.is_open and self._needs_link(sink, source):
                 self.open_link(sink, source)
             while link.up or link.down:
                 self.deliver_up(sink, source)
@@ -603,6 +696,9 @@ class World:
             process.source.live
             or process.sink.live
             or process.sink.draining
+            or process.fetch_source.live
+            or process.fetch_sink.live
+            or process.fetch_sink.draining
             or process.engine.has_work()
             or process.outputs
             or process.decoding
