@@ -71,6 +71,24 @@ def test_exception_is_structured(capsys: pytest.CaptureFixture[str]) -> None:
     assert "what happened" in json.dumps(lines(capsys)[0]["exception"])
 
 
+@pytest.mark.parametrize("fmt", ["json", "console"])
+def test_values_of_variables_are_not_written_with_an_exception(capsys: pytest.CaptureFixture[str], fmt: str) -> None:
+    """Prompts, secrets of pairs and keys of users are in them."""
+    configure_logging("decode", "decode-0", "ab" * 8, "info", fmt)
+
+    def fails(prompt: str) -> None:
+        raise ValueError(f"a prompt of {len(prompt)} characters")
+
+    try:
+        fails("-".join(["my", "secret"]))
+    except ValueError:
+        get_logger("x").exception("step_failed")
+    written = capsys.readouterr().err
+    assert "a prompt of 9 characters" in written
+    assert "fails" in written
+    assert "my-secret" not in written
+
+
 def test_trace_ids_come_from_the_span(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("decode", "decode-0", "ab" * 8, "info", "json")
     with TracerProvider(shutdown_on_exit=False).get_tracer("x").start_as_current_span("a") as span:

@@ -18,8 +18,8 @@ from baton_handoff.messages import FromSink, FromSource, Message
 from baton_handoff.peer_watch import FenceReason
 
 BATCH_MESSAGES = 64
-# What writing to a stream that has ended raises; its reader learns the status.
-STREAM_ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
+# What writing to a stream that has ended raises (the last at a server); its reader learns the status.
+STREAM_ENDED = (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.InternalError)
 
 
 def is_eof(message: object) -> bool:
@@ -100,7 +100,7 @@ class MessageQueue:
 async def until_first(*works: Coroutine[Any, Any, object]) -> None:
     """Run coroutines until one ends, then cancel the others and wait for them.
 
-    Raises: the AioRpcError, InvalidStateError or BatonError that ended it. Other exceptions are bugs: an ExceptionGroup.
+    Raises: the one of STREAM_ENDED or the BatonError that ended it. Other exceptions are bugs: an ExceptionGroup.
     """
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_error_of(work), name="link") for work in works]

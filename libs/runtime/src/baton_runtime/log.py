@@ -76,9 +76,11 @@ def _add_trace_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 def _renderers(as_json: bool) -> list[Processor]:
     drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    # Without the values of variables, which both would show: prompts and secrets are among them.
     if not as_json:
-        return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
-    return [drop, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(serializer=_to_json)]
+        return [drop, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+    tracebacks = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+    return [drop, tracebacks, structlog.processors.JSONRenderer(serializer=_to_json)]
 
 
 def _to_json(event: Any, **_: Any) -> str:
