@@ -15,6 +15,7 @@ from baton_cli.processes import Child
 from baton_contracts.discovery.v1 import instance_pb2 as pb
 from baton_runtime.discovery import Discovery, View
 from baton_runtime.testing import EtcdProcess
+from hosts import Hosts
 from prometheus_client.parser import text_string_to_metric_families
 
 READY_LIMIT_S = 60.0
@@ -43,6 +44,7 @@ class Cluster:
     http: aiohttp.ClientSession
     children: dict[str, Child] = field(default_factory=dict)
     url: str = ""
+    hosts: Hosts | None = None  # where they run, if not all on this machine's own network
 
     def instance(self, name: str) -> pb.Instance:
         """The last known record of an instance, e.g. "prefill-0"."""
@@ -130,6 +132,28 @@ def unsettled(report: status.Report, without: tuple[str, ...]) -> str:
     return "; ".join(found)
 
 
+async def _etcd(hosts: Hosts | None) -> EtcdProcess:
+    if hosts is None:
+        return EtcdProcess()
+    await hosts.add("etcd")
+    return EtcdProcess(host=hosts.address("etcd"), prefix=hosts.command("etcd", []))
+
+
+async def _place(child: Child, hosts: Hosts) -> None:
+    """On a host of its own."""
+    await hosts.add(child.name)
+    child.command = hosts.command(child.name, child.command)
+    inside, outside, service = hosts.address(child.name), hosts.outside(child.name), child.name.partition("-")[0]
+    settings = {"METRICS_LISTEN": f"{outside}:0"}
+    if service == "frontend":
+        settings["HTTP_LISTEN"] = f"{outside}:8000"  # the same in every life
+    else:
+        settings["LISTEN"] = f"{inside}:0"
+    if service in ("prefill", "decode"):
+        settings["TRANSFER_LISTEN"] = f"{inside}:0"
+    child.environment = {**child.environment, **{f"BATON_{service.upper()}_{name}": value for name, value in settings.items()}}
+
+
 @asynccontextmanager
 async def cluster(
     folder: Path,
@@ -143,9 +167,15 @@ async def cluster(
     kvtransfer: int = 1,
     otlp: str = "",
     environment: Mapping[str, str] | None = None,
+    hosts: Hosts | None = None,
+    change: Callable[[str, list[str]], list[str]] = lambda name, command: command,
 ) -> AsyncIterator[Cluster]:
-    """A running Baton; every process ends with the block, and its last lines are shown if it did not come up."""
-    async with EtcdProcess() as etcd:
+    """A running Baton; every process ends with the block, and its last lines are shown if it did not come up.
+
+    hosts: put every process, etcd too, on a host of its own that has its name; clients and metrics go by the outside network.
+    change: another command line for a process, from its name and the one it would have.
+    """
+    async with await _etcd(hosts) as etcd:
         options = up.Options(
             engine=engine,
             profile=profile,
@@ -164,9 +194,13 @@ async def cluster(
         discovery = Discovery(etcd.endpoint, up.NAMESPACE)
         await discovery.start()
         children = up.plan(options, etcd.endpoint)
+        for child in children:
+            child.command = change(child.name, child.command)
+            if hosts is not None:
+                await _place(child, hosts)
         try:
             async with aiohttp.ClientSession() as http:
-                made = Cluster(etcd, options, discovery.view(*up.SERVICES.values()), http, {c.name: c for c in children})
+                made = Cluster(etcd, options, discovery.view(*up.SERVICES.values()), http, {c.name: c for c in children}, hosts=hosts)
                 for child in children:
                     await child.start()
                 for child in children:

