@@ -69,3 +69,21 @@ def test_span_of_a_source_that_is_gone_ends_too(books, exporter):
     books.apply("p1", [source(BEGUN, traceparent=PARENT)], 0)
     books.close_account("p1", 0)
     assert exporter.get_finished_spans()[0].attributes["baton.outcome"] == "unknown"
+
+
+def test_span_names_the_transport_the_sink_used(books, exporter):
+    books.apply("p1", [source(BEGUN, traceparent=PARENT)], 0)
+    event = handoff_event(pb.SIDE_SINK, pb.HANDOFF_EVENT_KIND_PROGRESS, "p1", "d1", 5)
+    event.transport = "tcp"
+    books.apply("d1", [event], 0)
+    books.apply("p1", [source(ENDED, outcome=pb.HANDOFF_OUTCOME_CONFIRMED)], 0)
+    (span,) = exporter.get_finished_spans()
+    assert span.attributes["baton.transport"] == "tcp"
+
+
+def test_handoff_known_from_a_snapshot_joins_its_trace_too(books, exporter):
+    """kvtransfer was restarted in the middle of it."""
+    books.apply("p1", [source(pb.HANDOFF_EVENT_KIND_PROGRESS, held_bytes=5, traceparent=PARENT)], 0)
+    books.apply("p1", [source(ENDED, outcome=pb.HANDOFF_OUTCOME_CONFIRMED)], 0)
+    (span,) = exporter.get_finished_spans()
+    assert span.context.trace_id == int("ab" * 16, 16)
