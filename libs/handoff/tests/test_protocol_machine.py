@@ -111,7 +111,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def deliver_all(self) -> None:
         while self.world.frontend.pending:
             self.world.deliver_pending()
-        for (sink, source), link in self.world.links.items():
+        for (sink, source), link in self.world.every_link().items():
             while link.up or link.down:
                 self.world.deliver_up(sink, source)
                 self.world.deliver_down(sink, source)
@@ -158,27 +158,34 @@ class ProtocolMachine(RuleBasedStateMachine):
 class RandomHistory:
     """The same events drawn by a seed alone: no shrinking, but ten times as many histories in the same time, and busier ones."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, fetches: bool = False) -> None:
+        """fetches: prefill instances fetch what decode, or whom a hint names, has cached."""
         self.random = random.Random(seed)
+        self.fetches = fetches
         # Half of the histories have blocks of one size, as most fleets do.
         block_tokens = self.random.choice([(2, 2), self.random.choice(BLOCK_TOKENS)])
-        num_blocks = self.random.choice([4, 8, 20])
+        num_blocks = self.random.choice([8, 20, 40] if fetches else [4, 8, 20])  # a fetch takes only what is to spare
         num_sources, num_sinks = self.random.randint(1, 2), self.random.randint(1, 2)
-        self.world = World(num_sources, num_sinks, num_blocks, self._config(), block_tokens=block_tokens)
+        self.world = World(num_sources, num_sinks, num_blocks, self._config(), block_tokens=block_tokens, fetches=fetches)
         self.prompts = PROMPTS if self.world.num_blocks < 8 else [*PROMPTS, *LONG_PROMPTS]
         self.waited_s = 0.0
         self.links = list(self.world.links)
+        self.every_link = list(self.world.every_link())
         chaos = [self.break_link, self.fence, self.crash, self.stop_or_wake, self.pull_fails, self.duplicate, self.cancel]
         chaos += [self.place_again, self.own_work]
         # Each history has some kinds of trouble only, and some have a frontend whose messages are late: else one hides the other.
         self.chaos = self.random.sample(chaos, self.random.randint(1, 4))
+        if fetches:
+            self.chaos += [self.forget] * 2
         self.frontend_delay = self.random.choice([0.0, 0.9, 0.97])
 
     def _config(self) -> HandoffConfig:
         """Few places to read a source in half of the histories."""
         max_readers, max_readers_per_sink = self.random.choice([(8, 4), self.random.choice([(1, 1), (2, 1)])])
         operation_bytes = 2 * LAYOUT.block_bytes
-        return HandoffConfig(operation_bytes=operation_bytes, max_readers=max_readers, max_readers_per_sink=max_readers_per_sink)
+        return HandoffConfig(
+            operation_bytes=operation_bytes, max_readers=max_readers, max_readers_per_sink=max_readers_per_sink, fetch_min_tokens=2
+        )
 
     def run(self) -> None:
         share_of_chaos = self.random.choice([0.01, 0.03, 0.1, 0.2])
@@ -212,14 +219,19 @@ class RandomHistory:
         name = f"r{len(self.world.frontend.requests)}"
         self.world.submit(name, self.random.choice(self.prompts), self.random.choice(list(Priority)))
         sink, source = self.random.choice(self.links)
-        self.world.place(name, source, sink)
+        self.world.place(name, source, sink, self.hint())
+
+    def hint(self) -> str:
+        """Who is said to have the whole prompt, rightly or not."""
+        return self.random.choice(["", "", *self.world.processes]) if self.fetches else ""
 
     def break_link(self) -> None:
-        self.world.break_link(*self.random.choice(self.links))
+        self.world.break_link(*self.random.choice(self.every_link))
 
     def fence(self) -> None:
         busy = [link for link in self.links if any(h.is_begun for h in self.world.processes[link[1]].source.live)]
-        sink, source = self.random.choice(busy or self.links)
+        fetching = [link for link in self.world.back_links if self.world.processes[link[0]].fetch_sink.live]
+        sink, source = self.random.choice(busy + fetching or self.links)
         observer, observed = (source, sink) if self.random.random() < 0.7 else (sink, source)
         # Links that stay open let the other side go on in good faith; the books must find it out without being told.
         self.world.fence(observer, self.world.processes[observed].incarnation, closes_links=self.random.random() < 0.3)
@@ -236,13 +248,17 @@ class RandomHistory:
     def own_work(self) -> None:
         self.world.own_work(self.random.choice(list(self.world.processes)))
 
+    def forget(self) -> None:
+        """A prefill instance loses its cache."""
+        self.world.own_work(self.random.choice(self.links)[1])
+
     def pull_fails(self) -> None:
         for name, process in self.world.processes.items():
             for operation in list(process.pulls)[:1]:
                 self.world.pull_ends(name, operation)
 
     def duplicate(self) -> None:
-        self.random.choice([self.world.deliver_up, self.world.deliver_down])(*self.random.choice(self.links), duplicate=True)
+        self.random.choice([self.world.deliver_up, self.world.deliver_down])(*self.random.choice(self.every_link), duplicate=True)
 
     def cancel(self) -> None:
         if open_requests := self.open_requests():
@@ -252,7 +268,7 @@ class RandomHistory:
         again = [name for name in self.open_requests() if self.world.frontend.requests[name].attempt < 4]
         if again:
             sink, source = self.random.choice(self.links)
-            self.world.place(self.random.choice(again), source, sink)
+            self.world.place(self.random.choice(again), source, sink, self.hint())
 
 
 # The defaults run in under a minute; for a long hunt: pytest -m slow. Shrinking takes minutes, so only that one does it.
@@ -281,6 +297,21 @@ def test_no_busy_history_breaks_a_law(first_seed: int) -> None:
         except Exception as error:
             error.add_note(f"RandomHistory({seed}).run()")
             raise
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("first_seed", range(0, 400, 100))
+def test_no_busy_history_with_fetches_breaks_a_law(first_seed: int) -> None:
+    num_fetched = 0
+    for seed in range(first_seed, first_seed + 100):
+        history = RandomHistory(seed, fetches=True)
+        try:
+            history.run()
+        except Exception as error:
+            error.add_note(f"RandomHistory({seed}, fetches=True).run()")
+            raise
+        num_fetched += sum(end.num_tokens > 0 for process in history.world.processes.values() for end in process.fetch_ends)
+    assert num_fetched > 10, "histories without fetches show nothing"
 
 
 @pytest.mark.slow

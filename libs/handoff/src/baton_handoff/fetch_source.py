@@ -49,6 +49,7 @@ class FetchSourceBook:
     def __init__(self, blocks: BlockManager, shape: KvShape, config: HandoffConfig) -> None:
         self._blocks = blocks
         self._shape = shape
+        self._max_readers = config.max_readers
         self._most_pinned = int(config.fetch_pin_share * blocks.counts().total)
         self._live: dict[HandoffKey, SourceFetch] = {}
         self._tombstones = Tombstones(config.times.tombstone_s)
@@ -121,7 +122,7 @@ class FetchSourceBook:
         if self._is_draining:
             return FetchReply(asked.key, asked.first_block, (), "DRAINING")
         room = self._most_pinned - sum(other.end - other.confirmed for other in self._live.values())
-        if room <= 0:
+        if room <= 0 or len(self._live) >= self._max_readers:
             return FetchReply(asked.key, asked.first_block, (), "BUSY")
         block_ids = tuple(self._blocks.pin_cached(asked.key.owner, asked.first_block, asked.hashes, room))
         if block_ids:

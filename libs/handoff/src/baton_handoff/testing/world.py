@@ -526,9 +526,14 @@ class World:
     # What the books want.
 
     def perform(self, process: Process, actions: list[Action]) -> None:
-        """Perform actions in order, then check."""
-        for action in actions:
-            self._perform_one(process, action)
+        """Perform actions in order, then what they cause, then check."""
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, StartFetch | CancelFetch | FetchEnded):
+                todo.extend(self._perform_fetch(process, action))
+            else:
+                self._perform_one(process, action)
         self.check(process)
 
     def _perform_one(self, process: Process, action: Action) -> None:
@@ -549,17 +554,15 @@ class World:
             self.ends.append((action.key, action.side, action.end))
             if action.end.reason is not EndReason.PREFILLED:
                 self._attempt_failed(action.key.sequence)
-        elif isinstance(action, StartFetch):
-            self._start_fetch(process, action)
-        elif isinstance(action, CancelFetch):
-            self.perform(process, process.fetch_sink.cancel(action.key.request_id, action.key.attempt, "CANCELLED"))
-        elif isinstance(action, FetchEnded):
-            process.fetch_ends.append(action.end)
-            self.perform(process, process.source.fetch_ended(action.key, action.end, self.now))
         elif isinstance(action, Report):
             process.booked[action.key, action.side] = action.held_blocks
 
-    def _start_fetch(self, process: Process, action: StartFetch) -> None:
+    def _perform_fetch(self, process: Process, action: StartFetch | CancelFetch | FetchEnded) -> list[Action]:
+        if isinstance(action, CancelFetch):
+            return process.fetch_sink.cancel(action.key.request_id, action.key.attempt, "CANCELLED")
+        if isinstance(action, FetchEnded):
+            process.fetch_ends.append(action.end)
+            return process.source.fetch_ended(action.key, action.end, self.now)
         fetch = SinkFetch(
             key=action.key,
             peer=action.peer,
@@ -571,7 +574,7 @@ class World:
         )
         link = self.every_link().get((process.name, action.peer.instance_id))
         is_linked = link is not None and link.is_open and link.source_incarnation == action.peer.incarnation
-        self.perform(process, process.fetch_sink.start(fetch, is_linked=is_linked))
+        return process.fetch_sink.start(fetch, is_linked=is_linked)
 
     def _memory_of(self, incarnation: str) -> Memory:
         process = self.find(incarnation)
