@@ -485,3 +485,18 @@ def test_rematch_of_a_table_that_was_written_to_is_refused():
     manager.publish("a", 0, b"a")
     with pytest.raises(ValueError, match="untouched"):
         manager.rematch("a", [b"a", b"b"])
+
+
+def test_fresh_blocks_rise_also_when_chains_are_evicted_for_them() -> None:
+    """Neighbours in rising order travel as one run; a chain is evicted from its end."""
+    blocks = BlockManager(8)
+    chain = [bytes([i]) * 16 for i in range(8)]
+    blocks.acquire("a", chain, 8)
+    for index, block_hash in enumerate(chain):
+        blocks.publish("a", index, block_hash)
+    blocks.release("a")
+    blocks.reserve("b", [], 5)
+    assert blocks.table("b") == (3, 4, 5, 6, 7)
+    blocks.commit("b", 5, [])
+    assert blocks.grow("b", 2) == [1, 2]
+    blocks.check()

@@ -213,7 +213,7 @@ class BlockManager:
             available = len(self._free) + len(self._cached) - self._room.promised
             if num_blocks > available:
                 raise CacheFull(num_blocks, max(0, available))
-            fresh = [self._take_fresh() for _ in range(num_blocks)]
+            fresh = sorted(self._take_fresh() for _ in range(num_blocks))
             table.blocks += fresh
             table.committed = len(table.blocks)
             return fresh
@@ -458,7 +458,8 @@ class BlockManager:
     def _make_table(self, owner: Hashable, hashes: Sequence[bytes], shared: list[int], num_blocks: int, *, reserved: bool) -> None:
         for block in shared:  # before any eviction, which must not take these
             self._add_ref(block)
-        fresh = [self._take_fresh() for _ in range(num_blocks - len(shared))]
+        # Ascending: a chain is evicted from its end, and neighbours in rising order travel as one run.
+        fresh = sorted(self._take_fresh() for _ in range(num_blocks - len(shared)))
         committed = len(shared) if reserved else num_blocks
         self._reserved += num_blocks - committed
         self._tables[owner] = _Table([*shared, *fresh], committed, len(shared), len(shared), list(hashes[: len(shared)]))
