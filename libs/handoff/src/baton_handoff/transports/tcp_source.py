@@ -77,7 +77,9 @@ class TcpSource:
 
     def _answer(self, sock: socket.socket) -> None:
         """Serve one request. Raises: ConnectionFailed when the connection is over."""
+        wire.idle(sock, True)
         request = wire.receive(sock, wire.REQUEST.size, Watch(_IDLE_LIMIT_S, _IDLE_LIMIT_S))
+        wire.idle(sock, False)
         magic, operation, flags, num_blocks = wire.REQUEST.unpack(request)
         if magic != wire.REQUEST_MAGIC or not 0 < num_blocks <= self._max_blocks:
             raise ConnectionFailed(f"a request for {num_blocks} blocks with magic {magic!r}")

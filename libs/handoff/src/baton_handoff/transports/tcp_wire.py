@@ -45,6 +45,7 @@ MAX_CALL_VIEWS = 256
 WAKE_BYTES = 1 << 19
 _TICK_S = 0.5
 _SEND_TICK_S = 0.25
+_IDLE_TICK_S = 60.0
 
 
 class Status(IntEnum):
@@ -122,13 +123,18 @@ class Watch:
 def prepare(sock: socket.socket) -> None:
     """Blocking with the kernel's own timeouts (no poll per call), keepalive, no delay."""
     sock.settimeout(None)
-    for option, tick_s in ((socket.SO_RCVTIMEO, _TICK_S), (socket.SO_SNDTIMEO, _SEND_TICK_S)):
-        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(tick_s), int(tick_s % 1 * 1e6)))
+    _set_tick(sock, socket.SO_RCVTIMEO, _TICK_S)
+    _set_tick(sock, socket.SO_SNDTIMEO, _SEND_TICK_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 10_000)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def idle(sock: socket.socket, is_idle: bool) -> None:
+    """Whether the next receive may take for ever: it need not look at the clock twice a second then."""
+    _set_tick(sock, socket.SO_RCVTIMEO, _IDLE_TICK_S if is_idle else _TICK_S)
 
 
 def wake_at(sock: socket.socket, num_bytes: int) -> None:
@@ -204,6 +210,10 @@ def proof(secret: bytes, side: bytes, challenge: bytes, hello: bytes) -> bytes:
 def is_proof(given: bytes, secret: bytes, side: bytes, challenge: bytes, hello: bytes) -> bool:
     """In constant time."""
     return hmac.compare_digest(given, proof(secret, side, challenge, hello))
+
+
+def _set_tick(sock: socket.socket, option: int, tick_s: float) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(tick_s), int(tick_s % 1 * 1e6)))
 
 
 def _rest(views: list[memoryview], done_bytes: int) -> list[memoryview]:
