@@ -6,44 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-import torch
-from baton_engine.testing import make_random_model
 from clients import stream
 from cluster import Cluster, cluster
-from transformers import AutoModelForCausalLM
 
 LENGTHS = (2, 15, 16, 17, 18, 33, 47, 100, 200)  # around the borders of 16-token blocks: all but the last token are handed over
-NEW_TOKENS = 24
+NEW_TOKENS = 24  # as many as the generate fixture draws
 VOCABULARY = range(10, 250)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama folder."""
-    folder = tmp_path_factory.mktemp("model") / "random-llama"
-    make_random_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def generate(model: Path) -> Callable[[list[int]], list[int]]:
-    """transformers' own greedy continuation."""
-    torch.set_num_threads(1)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-
-    def run(prompt: list[int]) -> list[int]:
-        with torch.no_grad():
-            ids = reference.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return ids[0, len(prompt) :].tolist()
-
-    return run
 
 
 def prompts(seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
