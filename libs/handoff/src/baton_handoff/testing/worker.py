@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry
 
 from baton_handoff.config import HandoffConfig
-from baton_handoff.ids import HandoffComplete, HandoffEnd, PeerRef
+from baton_handoff.ids import FetchEnd, FetchHint, HandoffComplete, HandoffEnd, PeerRef
 from baton_handoff.manager import HandoffManager
 from baton_handoff.testing.engine import FakeEngine
 from baton_handoff.testing.loopback import LoopbackNetwork, LoopbackTransport
@@ -68,6 +68,7 @@ class TestWorker:
         self.registry = CollectorRegistry()
         self.ends: dict[str, HandoffEnd] = {}
         self.completions: dict[str, HandoffComplete] = {}
+        self.fetch_ends: dict[str, FetchEnd] = {}
         self.requests: dict[str, EngineRequest] = {}
         self.outputs: list[StepOutput] = []
         self._network = network
@@ -129,10 +130,28 @@ class TestWorker:
         """How others name it."""
         return PeerRef(self.name, self.incarnation, address or self.record.grpc_address)
 
-    def prefill(self, request_id: str, tokens: Sequence[int], decode: "TestWorker", attempt: int = 1, traceparent: str = "") -> None:
+    def prefill(
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        decode: "TestWorker",
+        attempt: int = 1,
+        traceparent: str = "",
+        fetch_from: FetchHint | None = None,
+    ) -> None:
         """Start a prefill for another worker."""
         request = self._request(request_id, tokens, attempt, Work.PREFILL_ONLY)
-        self.manager.start_prefill(request, decode.ref(), traceparent, lambda end: self._ended(request_id, end))
+        self.manager.start_prefill(request, decode.ref(), traceparent, lambda end: self._ended(request_id, end), fetch_from)
+
+    def fetch(self, request_id: str, tokens: Sequence[int], source: "TestWorker", traceparent: str = "") -> None:
+        """Fetch all full blocks of a sequence from another worker, as before whole work."""
+        request = self._request(request_id, tokens, 1, Work.WHOLE)
+        hint = FetchHint(source.ref(), len(tokens))
+        self.manager.start_fetch(request, hint, traceparent, lambda end: self.fetch_ends.setdefault(request_id, end))
+
+    def slow_down(self, token_s: float = 1.0) -> None:
+        """From now on computing is believed to take so long per token; a second makes every fetch worth it."""
+        self.manager.on_output(StepOutput(step=0, prefill_tokens=100, duration_s=100 * token_s))
 
     def decode(
         self,
