@@ -84,6 +84,19 @@ async def test_metrics_count_bytes_and_outcomes(pair: Pair) -> None:
     assert pair.d.metric("baton_kv_stranded_bytes") == 0
 
 
+async def test_handoffs_are_counted_by_state(pair: Pair) -> None:
+    pair.network.hold()
+    pair.place()
+    await wait_until(lambda: pair.network.num_pulls)
+    assert pair.d.metric("baton_handoffs_by_state", side="sink", state="pulling") == 1
+    assert pair.p.metric("baton_handoffs_by_state", side="source", state="computed") == 1
+    pair.p.manager.cancel("r", 1, "CLIENT_GONE")
+    await wait_until(lambda: pair.d.metric("baton_handoffs_by_state", side="sink", state="draining") == 1)
+    assert pair.p.metric("baton_handoffs_by_state", side="source", state="computed") == 0
+    pair.network.go()
+    await wait_until(lambda: pair.d.metric("baton_handoffs_by_state", side="sink", state="draining") == 0)
+
+
 async def test_second_request_pulls_only_what_is_not_cached(pair: Pair) -> None:
     pair.place("a")
     await wait_until(lambda: "a" in pair.d.completions and pair.d.holds_nothing())

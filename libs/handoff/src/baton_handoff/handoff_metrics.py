@@ -1,7 +1,8 @@
 """What one worker's handoffs export to Prometheus. Every name with its meaning and unit: docs/handoff-metrics.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -80,6 +81,15 @@ class HandoffMetrics:
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A gauge read when scraped."""
         Gauge(name, documentation, registry=self._registry).set_function(read)
+
+    def watch_states(self, states: Mapping[Side, Sequence[str]], count: Callable[[Side, str], int]) -> None:
+        """baton_handoffs_by_state, read when scraped. count: handoffs of a side in a state."""
+        gauge = Gauge(
+            "baton_handoffs_by_state", "Handoffs by side and state (docs/handoff.md).", ["side", "state"], registry=self._registry
+        )
+        for side, names in states.items():
+            for state in names:
+                gauge.labels(side=side.name.lower(), state=state).set_function(partial(count, side, state))
 
     def ended(self, side: Side, end: HandoffEnd | None) -> None:
         """A Start is over; end None: the sink has everything."""

@@ -73,8 +73,8 @@ from baton_handoff.messages import (
 from baton_handoff.pair_client import PairClient
 from baton_handoff.peer_watch import FenceReason
 from baton_handoff.peers import Peers
-from baton_handoff.sink import SinkBook
-from baton_handoff.source import SourceBook
+from baton_handoff.sink import SinkBook, SinkState
+from baton_handoff.source import SourceBook, SourceState
 from baton_handoff.spans import HandoffTrace
 from baton_handoff.tag import KvShape
 from baton_handoff.transports.base import PullStats, Transport
@@ -640,7 +640,15 @@ class HandoffManager:
         )
         watch("baton_handoffs_in_flight", "Handoffs that are not over.", self.live_handoffs)
         watch("baton_handoffs_queued", "Of them, those that have not begun.", self.queued)
+        sink_states = [state.value for state in SinkState if state is not SinkState.OVER]
+        self._metrics.watch_states({Side.SOURCE: [state.value for state in SourceState], Side.SINK: sink_states}, self._count_in_state)
         watch("baton_books_streams", "kvtransfer instances that hear our reports.", lambda: self.books.num_streams)
+
+    def _count_in_state(self, side: Side, state: str) -> int:
+        if not self._is_open:
+            return 0
+        handoffs = self._source.live if side is Side.SOURCE else (*self._sink.live, *self._sink.draining)
+        return sum(handoff.state.value == state for handoff in handoffs)
 
 
 def zero_tail(block: npt.NDArray[np.uint8], layout: BlockLayout, num_tokens: int) -> None:
