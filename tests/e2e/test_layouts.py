@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cluster import Cluster, cluster, until
 pytestmark = pytest.mark.timeout(60)
 LENGTHS = (2, 16, 17, 40, 64, 65, 80, 81, 129, 150, 200, 257)  # around the borders of blocks of 16 and 64 tokens
 NEW_TOKENS = 8
+HAS_NIXL = any(find_spec(name) for name in ("nixl_cu12", "nixl_cu13"))
 Cut = tuple[int, int]  # tokens per block, shards
 
 
@@ -40,7 +42,7 @@ async def house_of(folder: Path, prefill: Cut, decodes: dict[str, tuple[Cut, str
             return command
         return ["/usr/bin/env", *(f"{key}={value}" for key, value in settings("DECODE", *decodes[name]).items()), *command]
 
-    environment = settings("PREFILL", prefill, "shm,tcp")
+    environment = settings("PREFILL", prefill, "shm,nixl,tcp" if any(way == "nixl" for _, way in decodes.values()) else "shm,tcp")
     async with cluster(folder, decode=len(decodes), environment=environment, change=change, **options) as house:  # type: ignore[arg-type]
         yield house
 
@@ -77,7 +79,7 @@ async def outcomes(house: Cluster, *names: str) -> dict[str, dict[str, float]]:
     ids=["from 16x1 to 16x2 and 64x1", "from 16x2 to 16x1 and 16x4", "from 64x1 to 16x1"],
 )
 async def test_sim_finds_every_byte_right_in_other_blocks_and_shards(prefill: Cut, decode: list[Cut], tmp_path: Path) -> None:
-    ways = [(cut, transport) for cut in decode for transport in ("shm", "tcp")]
+    ways = [(cut, transport) for cut in decode for transport in ("shm", "tcp")] + [(decode[-1], "nixl")] * HAS_NIXL
     decodes = {f"decode-{index}": way for index, way in enumerate(ways)}
     async with house_of(tmp_path, prefill, decodes) as house:
         num_asked = 0
