@@ -1,5 +1,6 @@
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from baton_contracts.discovery.v1.instance_pb2 import Instance, TransportOffer
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
@@ -7,7 +8,7 @@ from baton_engine.api import Priority
 from baton_handoff.actions import StartPull
 from baton_handoff.ids import FailureCause, HandoffKey
 from baton_handoff.introductions import Introductions
-from baton_handoff.pulls import Puller
+from baton_handoff.pulls import UNWANTED_S, Puller, PullKey
 from baton_handoff.transports.base import ChecksumMismatch, PullFailed, PullStats, TransportUnavailable
 from baton_handoff.transports.reslice import Reslice
 from baton_runtime.testing import wait_until
@@ -37,6 +38,7 @@ class FakeTransport:
         self.failures = failures or []
         self.pools: list[FakePool] = []
         self.secrets: list[bytes] = []
+        self.opened: Callable[[], object] = lambda: None
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
@@ -57,6 +59,7 @@ class FakeTransport:
         if not self.opens:
             raise TransportUnavailable(self.name, "the token differs")
         self.pools.append(FakePool(self.name, self.failures))
+        self.opened()
         return self.pools[-1]
 
 
@@ -150,3 +153,45 @@ async def test_link_counts_bytes_speed_and_why_until_its_peer_is_dropped() -> No
     assert "the token differs" in link.reason
     pulls.drop("p")
     assert not pulls.links
+
+
+async def test_operation_nobody_wants_is_cancelled_after_a_second_and_others_go_on() -> None:
+    """It keeps its blocks until it ends: a slow link must not keep them for long."""
+    pulls = puller(FakeTransport("tcp", opens=None), limit_s=60.0)
+    async with asyncio.TaskGroup() as group:
+        unwanted = group.create_task(pulls.run(START))
+        wanted = group.create_task(pulls.run(replace(START, operation=2)))
+        await asyncio.sleep(0)
+        pulls.end_unwanted([PullKey(1, False)], 100.0)
+        pulls.end_unwanted([PullKey(1, False), PullKey(2, True)], 100.0 + UNWANTED_S - 0.1)
+        await asyncio.sleep(0)
+        assert not unwanted.cancelling()
+        pulls.end_unwanted([PullKey(1, False), PullKey(2, True)], 100.0 + UNWANTED_S)
+        await asyncio.wait([unwanted])
+        assert unwanted.cancelled()
+        assert not wanted.done()
+        pulls.drop("p")
+    pulls.end_unwanted([PullKey(1, False)], 200.0)
+
+
+async def test_operation_that_is_wanted_again_has_its_second_anew() -> None:
+    """Numbers are never used twice; but a list that lacks one for a moment must not count against it."""
+    pulls = puller(FakeTransport("tcp", opens=None), limit_s=60.0)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(pulls.run(START))
+        await asyncio.sleep(0)
+        for unwanted, now in (([PullKey(1, False)], 0.0), ([], 0.5), ([PullKey(1, False)], UNWANTED_S + 0.1)):
+            pulls.end_unwanted(unwanted, now)
+        assert not running.cancelling()
+        pulls.drop("p")
+
+
+async def test_pool_that_opened_as_the_operation_was_cancelled_is_dropped() -> None:
+    tcp = FakeTransport("tcp")
+    tcp.opened = lambda: running.cancel()
+    pulls = puller(tcp)
+    running: asyncio.Task[object] = asyncio.create_task(pulls.run(START))
+    await asyncio.wait([running])
+    assert running.cancelled()
+    assert pulls.transport_of("p") == ""
+    assert tcp.pools[0].is_dropped

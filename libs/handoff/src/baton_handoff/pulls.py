@@ -1,8 +1,9 @@
 """The bytes part: opens peers' pools over the best transport that works, runs operations, says how they ended."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_runtime.errors import BatonError
@@ -19,6 +20,17 @@ from baton_handoff.transports.base import ChecksumMismatch, PeerPool, PullFailed
 RECENT_BYTES = 256 << 20
 
 log = get_logger(__name__)
+
+
+# An operation that nobody wants any more is cancelled after this.
+UNWANTED_S = 1.0
+
+
+class PullKey(NamedTuple):
+    """Which operation. Handoffs and fetches number theirs apart."""
+
+    operation: int
+    is_fetch: bool
 
 
 class NoTransport(BatonError):
@@ -86,6 +98,8 @@ class Puller:
         self._own = own
         self._open_limit_s = open_limit_s
         self._peers: dict[str, _Peer] = {}
+        self._running: dict[PullKey, asyncio.Task[object]] = {}
+        self._unwanted_since: dict[PullKey, float] = {}
         self.links: dict[str, LinkStats] = {}  # by the source's incarnation, from its first opened pool until it is dropped
 
     def transport_of(self, incarnation: str) -> str:
@@ -105,12 +119,32 @@ class Puller:
         if peer is not None:
             peer.drop()
 
+    def end_unwanted(self, unwanted: Iterable[PullKey], now: float) -> None:
+        """Cancel the operations that nobody has wanted for UNWANTED_S; to be called often, with all of them.
+
+        One that nobody wants keeps its blocks until it ends (docs/handoff.md, draining), and over a slow link to a living peer that
+        may take as long as a transport lets it. Most end by themselves in milliseconds, and keep their connection then.
+        """
+        self._unwanted_since = {key: self._unwanted_since.get(key, now) for key in unwanted}
+        for key, since in self._unwanted_since.items():
+            if now - since >= UNWANTED_S and key in self._running:
+                self._running[key].cancel()
+
     async def run(self, start: StartPull) -> PullResult:
         """Run one operation. When it returns or raises CancelledError, nothing writes to the destination any more.
 
         An operation that fails on a pool opened before it is run once more on a fresh one: the connection may have been cut
         since the last operation, by the source or for another operation's sake, which says nothing about the path.
         """
+        key, task = PullKey(start.operation, start.key.is_fetch), asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._running[key] = task
+        try:
+            return await self._run(start)
+        finally:
+            self._running.pop(key, None)
+
+    async def _run(self, start: StartPull) -> PullResult:
         peer = self._peers.setdefault(start.peer_incarnation, _Peer())
         was_open = peer.pool is not None
         result, error = await self._attempt(peer, start)
@@ -176,7 +210,12 @@ class Puller:
             except TimeoutError:
                 raise TransportUnavailable("any", f"not open after {self._open_limit_s} s") from None
 
-        await until_first(open_pool(), peer.dropped.wait())
+        try:
+            await until_first(open_pool(), peer.dropped.wait())
+        except asyncio.CancelledError:
+            for pool, _ in opened:
+                pool.drop()  # nobody else knows of it
+            raise
         return opened[0] if opened else None
 
     async def _open(self, incarnation: str) -> tuple[PeerPool, str]:
