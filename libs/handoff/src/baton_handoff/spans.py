@@ -16,6 +16,7 @@ from baton_handoff.transports.base import PullStats
 
 log = get_logger(__name__)
 
+_GOOD_OUTCOMES = ("confirmed", "cancelled", "stale")  # nothing went wrong: it was finished, or wanted no more
 _Attributes = dict[str, str | int | float]
 
 
@@ -186,6 +187,8 @@ class HandoffTrace:
             semconv.BATON_ATTEMPT: key.attempt,
             semconv.BATON_OUTCOME: outcome,
         }
+        if outcome not in _GOOD_OUTCOMES:
+            common[semconv.ERROR_TYPE] = outcome
         span = tracer.start_span(
             name, context=context_from(self._traceparent), start_time=interval.start_ns, attributes={**common, **attributes}
         )
