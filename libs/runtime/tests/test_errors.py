@@ -9,7 +9,6 @@ import pytest
 from baton_runtime import errors
 from baton_runtime.errors import BatonError, ErrorInterceptor, from_rpc_error
 from baton_runtime.testing import wait_until
-from structlog.testing import capture_logs
 
 
 class PoolFull(errors.QueueFull):
@@ -138,34 +137,13 @@ async def test_every_kind_of_handler_is_covered(probe: Any) -> None:
         await wait_until(lambda: interceptor.registry.running == 0)
 
 
-async def test_error_after_a_first_write_that_was_cancelled_under_way_is_answered(probe: Any) -> None:
-    async def hasty(request: bytes, context: Any) -> None:
-        first = asyncio.create_task(context.write(b"x" * 100_000))
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.wait([first])
-        raise errors.NotFound("a", "b")
+async def test_status_hidden_by_a_write_that_failed_under_way_is_unavailable() -> None:
+    def failed(details: str) -> BatonError:
+        metadata = grpc.aio.Metadata()
+        return from_rpc_error(grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, details=details))
 
-    async with probe(stream=[hasty], interceptors=[ErrorInterceptor()]) as p:
-        for _ in range(20):
-            assert (await failure(p.stream("hasty")(b"", timeout=5))).code() is grpc.StatusCode.NOT_FOUND
-
-
-async def test_client_that_leaves_at_once_leaves_no_handler_and_is_no_bug(probe: Any) -> None:
-    async def waits(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        async for request in requests:
-            yield request
-
-    interceptor = ErrorInterceptor()
-    async with probe(both=[waits], interceptors=[interceptor]) as p:
-        with capture_logs() as logs:
-            await p.channel.channel_ready()
-            for _ in range(200):
-                call = p.both("waits")(timeout=5)
-                await asyncio.sleep(0)
-                call.cancel()
-            await wait_until(lambda: interceptor.registry.running == 0)
-    assert logs == []
+    assert isinstance(failed("Internal error from Core"), errors.Unavailable)
+    assert isinstance(failed("something else"), errors.Internal)
 
 
 async def test_good_answers_are_untouched(probe: Any) -> None:

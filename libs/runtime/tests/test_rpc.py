@@ -5,8 +5,8 @@ from typing import Any
 import grpc
 import pytest
 from baton_runtime import rpc
-from baton_runtime.errors import ConfigError
-from baton_runtime.rpc import MESSAGE_LIMIT_BYTES, GrpcServer, advertised_address, deadline_of, open_channel, split_address
+from baton_runtime.errors import ConfigError, ErrorInterceptor, NotFound
+from baton_runtime.rpc import MESSAGE_LIMIT_BYTES, GrpcServer, advertised_address, deadline_of, open_channel, open_responses, split_address
 from baton_runtime.testing import SwallowingProxy, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -199,3 +199,20 @@ async def test_connection_that_swallows_everything_ends_a_stream(monkeypatch: py
         assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=5, wait_for_ready=True)).status == SERVING
         await channel.close()
     await server.close()
+
+
+async def test_error_after_a_first_write_that_was_cancelled_under_way_is_answered(probe: Any) -> None:
+    async def hasty(request: bytes, context: Any) -> None:
+        assert await open_responses(context)
+        first = asyncio.create_task(context.write(b"x" * 100_000))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        raise NotFound("a", "b")
+
+    async with probe(stream=[hasty], interceptors=[ErrorInterceptor()]) as p:
+        for _ in range(20):
+            with pytest.raises(grpc.aio.AioRpcError) as seen:
+                async for _ in p.stream("hasty")(b"", timeout=5):
+                    pass
+            assert seen.value.code() is grpc.StatusCode.NOT_FOUND

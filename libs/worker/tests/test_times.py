@@ -46,6 +46,8 @@ class Stream:
     async def read(self) -> Any:
         return await self._requests.get()
 
+    async def send_initial_metadata(self, metadata: object) -> None: ...
+
     async def write(self, message: Any) -> None:
         self.written.append((asyncio.get_running_loop().time(), message))
         if self.reader is not None:

@@ -24,6 +24,8 @@ class Context:
         self.reached = asyncio.Event()
         self._is_blocked = is_blocked
 
+    async def send_initial_metadata(self, metadata): ...
+
     async def write(self, message):
         self.reached.set()
         if self._is_blocked:

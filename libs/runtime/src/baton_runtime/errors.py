@@ -220,15 +220,20 @@ def to_status(error: BatonError, domain: str) -> Any:
 def from_rpc_error(e: grpc.aio.AioRpcError) -> BatonError:
     """The error the server meant: class by ErrorInfo.reason, else by status; facts and retry_after_ms as sent.
 
-    Raise it `from e`. A status without a class of its own (UNKNOWN, INTERNAL, UNIMPLEMENTED, ...) becomes Internal.
+    Raise it `from e`. A status without a class of its own (UNKNOWN, INTERNAL, UNIMPLEMENTED, ...) becomes Internal, but for the one
+    with which grpc.aio hides the server's own when a stream ends while we write to it: that is Unavailable.
     """
     info = _error_info(e)
-    base = _CLASS_OF_STATUS.get(e.code(), Internal)
+    base = Unavailable if _is_masked(e) else _CLASS_OF_STATUS.get(e.code(), Internal)
     found = _class_of_reason(info.reason) if info is not None else None
     cls = found if found is not None and found.status is e.code() else base
     facts = dict(info.metadata) if info is not None else {}
     retry_after = facts.pop(RETRY_AFTER_KEY, "0")
     return _rebuilt(cls, e.details() or e.code().name, int(retry_after) if retry_after.isdecimal() else 0, facts)
+
+
+def _is_masked(e: grpc.aio.AioRpcError) -> bool:
+    return e.code() is grpc.StatusCode.INTERNAL and e.details() == "Internal error from Core"
 
 
 def _error_info(e: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | None:
@@ -307,9 +312,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     CancelledError while the call itself was not cancelled: INTERNAL (grpc.aio would answer nothing and the client would hang).
     Anything else: INTERNAL with an id that is also in our log; its text never leaves the process.
     Handlers must be coroutine functions or async generator functions; others are left alone.
-
-    A handler that streams finds its initial metadata sent: grpc.aio would send it with the first write, and if that one is cancelled
-    under way it sends it again with the status, which the core refuses (TOO_MANY_OPERATIONS); the client would wait for ever.
+    A handler whose writes may be cancelled calls `rpc.open_responses` first.
     """
 
     def __init__(self, registry: HandlerRegistry | None = None) -> None:
@@ -328,19 +331,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         inner = getattr(handler, kind)
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
-            self._wrapped(inner, handler_call_details.method, is_streaming=handler.response_streaming),
+            self._wrapped(inner, handler_call_details.method),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _wrapped(self, inner: Callable[..., Any], method: str, *, is_streaming: bool) -> Callable[..., Any]:
+    def _wrapped(self, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
         if inspect.isasyncgenfunction(inner):
 
             async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
                 with self.registry.entered():
                     try:
-                        if not await _metadata_sent(context):
-                            return
                         async with contextlib.aclosing(inner(request, context)) as responses:
                             async for response in responses:
                                 yield response
@@ -353,8 +354,6 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             async def call(request: Any, context: Any) -> Any:
                 with self.registry.entered():
                     try:
-                        if is_streaming and not await _metadata_sent(context):
-                            return None
                         return await inner(request, context)
                     except (Exception, asyncio.CancelledError) as escaped:
                         return await self._end(escaped, context, method)
@@ -375,15 +374,6 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             single = Internal(error_id)
         status = to_status(single, _domain(method))
         await context.abort(status.code, status.details, status.trailing_metadata)
-
-
-async def _metadata_sent(context: Any) -> bool:
-    """Send the initial metadata of a stream; False if the client has left already."""
-    try:
-        await context.send_initial_metadata(())
-    except grpc.aio.InternalError:
-        return False
-    return True
 
 
 def _is_task_cancelled() -> bool:

@@ -93,6 +93,21 @@ def deadline_of(context: Any, margin_s: float = 0.0) -> float | None:
     return None if remaining is None else time.monotonic() + float(remaining) - margin_s
 
 
+async def open_responses(context: Any) -> bool:
+    """Send the initial metadata of a stream. Call it once the stream is admitted and before anything writes to it that may be
+    cancelled; False: the client has left.
+
+    Else grpc.aio sends it with the first write, and if that one is cancelled under way sends it again with the status, which the core
+    refuses (TOO_MANY_OPERATIONS): the client would wait for ever. Not before every handler, for a refusal that follows it meets the
+    client's first write more often, and grpc.aio then hides its status (`errors.from_rpc_error`).
+    """
+    try:
+        await context.send_initial_metadata(())
+    except grpc.aio.InternalError:
+        return False
+    return True
+
+
 class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
     """grpc.health.v1 for the whole server (service name ""). Unlike the library's, its state is set synchronously."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_runtime.errors import BatonError, Cancelled, InvalidArgument
 from baton_runtime.log import get_logger
+from baton_runtime.rpc import open_responses
 from grpc.aio import EOF, BaseError  # type: ignore[attr-defined]  # missing in the stubs
 
 from baton_worker.attach import FrontendSession
@@ -121,6 +122,7 @@ class AttachHandler:
         log.info("frontend_attached", frontend=session.instance_id, session=request.hello.session, num_resumed=len(request.hello.resumes))
         try:
             self._take(session, stream, request)
+            await open_responses(context)  # the writer may be cancelled in its first write
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(self._read(session, stream, context), name="attach-read"),

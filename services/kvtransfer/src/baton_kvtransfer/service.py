@@ -11,6 +11,7 @@ from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2_grpc as pb_grpc
 from baton_runtime.errors import Draining, InvalidArgument, QueueFull, Unavailable
 from baton_runtime.lifecycle import LoopStallWatch
 from baton_runtime.log import get_logger
+from baton_runtime.rpc import open_responses
 from baton_runtime.streams import Outbox
 
 from baton_kvtransfer.books import Agreement
@@ -143,6 +144,8 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
 
     async def _serve(self, stream: _Stream, session: int, requests: AsyncIterator[pb.BooksRequest], context: _Context) -> None:
         """Read and write until one of them is done or the stream is closed; a write may block as long as the worker does not read."""
+        if not await open_responses(context):
+            return
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(self._read(stream, session, requests), name="books reader")
             writer = group.create_task(_write(stream, context), name="books writer")
