@@ -36,6 +36,7 @@ class WorkerConfig(CommonConfig):
     transfer_listen: host:port of the tcp transport; nixl listens on the same host, on any port.
     fetch_min_tokens: cached prefix tokens that another instance must have beyond our own for them to be fetched instead of computed
         (and the fetch must be predicted to be sooner); 0: nothing is ever fetched.
+    fetch_min_limit_s: a fetch may take as long as computing what it is for is predicted to take, but at least this, in seconds.
     """
 
     engine: Literal["sim", "torch"] = "sim"
@@ -57,6 +58,7 @@ class WorkerConfig(CommonConfig):
     transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")
     transfer_listen: str = "127.0.0.1:0"
     fetch_min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 128
+    fetch_min_limit_s: Annotated[float, msgspec.Meta(gt=0)] = 0.1
 
     @property
     def pool_bytes(self) -> int:

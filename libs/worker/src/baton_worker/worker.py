@@ -86,6 +86,7 @@ class Worker(Service, abc.ABC):
                 max_readers=config.max_readers,
                 max_readers_per_sink=config.max_readers_per_sink,
                 fetch_min_tokens=config.fetch_min_tokens,
+                fetch_min_limit_s=config.fetch_min_limit_s,
             ),
             view=discovery.view(ServiceKind.SERVICE_KVTRANSFER),
         )

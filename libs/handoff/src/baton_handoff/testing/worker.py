@@ -147,7 +147,12 @@ class TestWorker:
         """Fetch all full blocks of a sequence from another worker, as before whole work."""
         request = self._request(request_id, tokens, 1, Work.WHOLE)
         hint = FetchHint(source.ref(), len(tokens))
-        self.manager.start_fetch(request, hint, traceparent, lambda end: self.fetch_ends.setdefault(request_id, end))
+
+        def on_end(end: FetchEnd) -> None:
+            assert request_id not in self.fetch_ends, "ended twice"
+            self.fetch_ends[request_id] = end
+
+        self.manager.start_fetch(request, hint, traceparent, on_end)
 
     def slow_down(self, token_s: float = 1.0) -> None:
         """From now on computing is believed to take so long per token; a second makes every fetch worth it."""

@@ -1,0 +1,212 @@
+"""Cached prefix blocks are fetched, not computed again: by a prefill from its decode, after deaths from whoever survives.
+
+Tokens are those of transformers (torch), or of an undisturbed run (sim, whose blocks carry a pattern that is verified when they are
+attended to), so a fetched block with a wrong byte would show.
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from clients import Answer, received, stream
+from cluster import Cluster, cluster, until
+
+pytestmark = pytest.mark.timeout(90)
+
+BLOCK_TOKENS = 16
+PROMPT = [10 + (7 * i + i // 50) % 200 for i in range(500)]
+TAIL = [10 + (11 * i) % 200 for i in range(20)]
+WATCHED_WORKER = str(Path(__file__).parents[1] / "faults" / "watched_worker.py")
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> str:
+    """1 ms per prompt token, 5 ms per decode step."""
+    file = tmp_path / "slow.toml"
+    file.write_text('description = "slow"\n[prefill_ms]\nper_token = 1.0\n[decode_ms]\nconstant = 5.0\n')
+    return str(file)
+
+
+def settings(transports: str = "shm,tcp", limit_s: float = 5.0, **more: str) -> dict[str, str]:
+    """Fetch from 32 tokens on. limit_s: long, so that a busy machine does not make a fetch give up."""
+    each = {"TRANSPORTS": transports, "FETCH_MIN_TOKENS": "32", "FETCH_MIN_LIMIT_S": str(limit_s)}
+    return {f"BATON_{service}_{name}": value for service in ("PREFILL", "DECODE") for name, value in each.items()} | more
+
+
+async def ask(house: Cluster, prompt: list[int], max_tokens: int, answer: Answer | None = None) -> Answer:
+    body = {
+        "model": "test-model",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "min_tokens": max_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    return await stream(house.http, house.url, answer, **body)
+
+
+async def computed(house: Cluster, name: str) -> int:
+    """Prompt tokens an instance has computed since its start."""
+    return int((await house.metrics(name)).get('baton_engine_tokens_total{phase="prefill"}', 0))
+
+
+async def fetched(house: Cluster, name: str) -> int:
+    """Tokens an instance has fetched since its start."""
+    return int((await house.metrics(name))["baton_fetched_tokens_total"])
+
+
+async def fetches(house: Cluster, name: str, *outcomes: str) -> float:
+    """Fetches of an instance that ended so."""
+    metrics = await house.metrics(name)
+    return sum(metrics[f'baton_fetches_total{{outcome="{outcome}"}}'] for outcome in outcomes)
+
+
+async def busy_decode(house: Cluster) -> str:
+    """The one decode instance that runs a sequence."""
+    (name,) = [i.instance_id for i in (await house.report()).instances if i.service == "decode" and i.running_sequences]
+    return name
+
+
+async def second_turn(house: Cluster, num_answer: int) -> tuple[list[int], Answer]:
+    """A first turn; prefill loses its memory; the prompt of the second turn, and its answer."""
+    first = await ask(house, PROMPT, num_answer)
+    await house.settled()
+    await house.kill("prefill-0")
+    await house.start("prefill-0")
+    prompt = [*PROMPT, *first.token_ids, *TAIL]
+    return prompt, await ask(house, prompt, 24)
+
+
+async def check_second_turn(house: Cluster, num_answer: int, prompt: list[int]) -> None:
+    """Everything decode had was fetched, and nothing of it computed."""
+    in_decode = (len(PROMPT) + num_answer - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert await fetched(house, "prefill-0") == in_decode
+    assert await computed(house, "prefill-0") == len(prompt) - 1 - in_decode
+    assert await fetches(house, "prefill-0", "fetched") == 1
+    await house.settled()
+
+
+@pytest.mark.parametrize("transports", ["shm", "tcp"])
+async def test_prefill_fetches_the_first_turn_from_decode(tmp_path: Path, model: Path, slow: str, transports: str) -> None:
+    async with cluster(tmp_path, profile=slow, model=model, environment=settings(transports)) as house:
+        prompt, answer = await second_turn(house, 100)
+        await check_second_turn(house, 100, prompt)
+        in_decode = (len(PROMPT) + 99) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert answer.usage is not None
+        assert answer.usage["prompt_tokens_details"]["cached_tokens"] == in_decode
+        await house.kill("decode-0")
+        await house.start("decode-0")  # whatever was fetched goes back, and the tokens are the same
+        assert (await ask(house, prompt, 24)).token_ids == answer.token_ids
+        await house.settled()
+
+
+@pytest.mark.parametrize("transports", ["shm", "tcp"])
+async def test_tokens_after_a_fetch_are_those_of_transformers(
+    tmp_path: Path, model: Path, generate: Callable[..., list[int]], transports: str
+) -> None:
+    async with cluster(tmp_path, engine="torch", model=model, environment=settings(transports)) as house:
+        prompt, answer = await second_turn(house, 40)
+        assert answer.token_ids == generate(prompt)
+        await check_second_turn(house, 40, prompt)
+
+
+@pytest.mark.parametrize("transports", ["shm", "tcp"])
+async def test_decode_killed_in_mid_stream_resumes_on_what_prefill_still_has(
+    tmp_path: Path, model: Path, slow: str, transports: str
+) -> None:
+    async with cluster(tmp_path, profile=slow, model=model, decode=2, environment=settings(transports)) as house:
+        answer = Answer()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(ask(house, PROMPT, 200, answer))
+            await received(answer, 50)
+            before = await computed(house, "prefill-0")
+            dead = await busy_decode(house)
+            other = f"decode-{1 - int(dead[-1])}"
+            delivered = len(answer.token_ids)
+            await house.kill(dead)
+            await running
+        assert answer.finish_reason == "length"
+        assert answer.resumed
+        surviving = (len(PROMPT) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert await fetched(house, other) == surviving
+        new = await computed(house, other) + await computed(house, "prefill-0") - before
+        assert new < len(PROMPT) - surviving + delivered + 60, "the prompt was computed again"  # 60: delivered between the two reads
+        await house.settled(without=(dead,))
+        await house.start(dead)
+        assert (await ask(house, PROMPT, 200)).token_ids == answer.token_ids
+        await house.settled()
+
+
+async def test_prefill_killed_in_the_middle_is_replaced_by_one_that_fetches_what_decode_confirmed(
+    tmp_path: Path, model: Path, slow: str
+) -> None:
+    environment = settings(BATON_PREFILL_MAX_CHUNK_TOKENS="64")
+    async with cluster(tmp_path, profile=slow, model=model, prefill=2, environment=environment) as house:
+
+        async def partly() -> str | None:
+            instances = (await house.report()).instances
+            blocks = next(i for i in instances if i.instance_id == "decode-0").blocks
+            if blocks is None or not blocks.used or not blocks.reserved:
+                return None
+            return next((i.instance_id for i in instances if i.service == "prefill" and i.running_sequences), None)
+
+        answer = Answer()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(ask(house, PROMPT, 20, answer))
+            dead = await until("a handoff in the middle", partly, 10)
+            await house.kill(dead)
+            await running
+        other = f"prefill-{1 - int(dead[-1])}"
+        assert answer.finish_reason == "length"
+        confirmed = await fetched(house, other)
+        in_pair = await fetches(house, other, "fetched")
+        # Whichever the router found to be sooner: the other prefill fetched, or decode went on by itself; nobody began anew.
+        assert (in_pair == 1 and confirmed > 0) or await computed(house, "decode-0") > 0
+        assert await computed(house, other) + await computed(house, "decode-0") < len(PROMPT) - 1
+        await house.settled(without=(dead,))
+        await house.start(dead)
+        assert (await ask(house, PROMPT, 20)).token_ids == answer.token_ids
+        await house.settled()
+
+
+@pytest.mark.parametrize("transports", ["shm", "tcp"])
+async def test_source_killed_in_the_middle_of_a_fetch_is_not_seen_by_the_client(
+    tmp_path: Path, model: Path, slow: str, transports: str
+) -> None:
+    """Decode-1 fetches from prefill-0 after decode-0 died; prefill-0 dies while the bytes are on their way."""
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    environment = settings(transports, BATON_WATCHED_FOLDER=str(watched), BATON_WATCHED_PULL_DELAY_S="1.0")
+
+    def slowly(name: str, command: list[str]) -> list[str]:
+        if not name.startswith("decode"):
+            return command
+        return ["/usr/bin/env", f"BATON_WATCHED_NAME={name}", sys.executable, WATCHED_WORKER, "decode"]
+
+    async with cluster(tmp_path, profile=slow, model=model, decode=2, environment=environment, change=slowly) as house:
+        answer = Answer()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(ask(house, PROMPT, 100, answer))
+            await received(answer, 20)
+            dead = await busy_decode(house)
+            other = f"decode-{1 - int(dead[-1])}"
+            await house.kill(dead)
+
+            async def is_fetching() -> bool:
+                return bool((await house.metrics(other))["baton_kv_in_flight_bytes"])
+
+            await until("a fetch in the middle", is_fetching, 10)
+            await house.kill("prefill-0")
+            await running
+        assert answer.finish_reason == "length"
+        assert len(answer.token_ids) == 100
+        assert await fetches(house, other, "fenced", "pull_failed") == 1
+        await house.settled(without=(dead, "prefill-0"))
+        await house.start(dead)
+        await house.start("prefill-0")
+        assert (await ask(house, PROMPT, 100)).token_ids == answer.token_ids
+        await house.settled()
+        kvtransfer = await house.metrics("kvtransfer-0")
+        assert kvtransfer["baton_ledger_mismatch_bytes"] == 0
