@@ -97,6 +97,17 @@ async def test_handoffs_are_counted_by_state(pair: Pair) -> None:
     await wait_until(lambda: pair.d.metric("baton_handoffs_by_state", side="sink", state="draining") == 0)
 
 
+async def test_pull_that_nobody_wants_does_not_keep_blocks_for_long(pair: Pair) -> None:
+    """The peer lives and its bytes trickle: no fence ends it, and its transport's own limit is far away."""
+    pair.network.hold()
+    pair.place()
+    await wait_until(lambda: pair.network.num_pulls)
+    pair.d.manager.cancel("r", 1, "CLIENT_GONE")
+    await wait_until(lambda: pair.d.metric("baton_handoffs_by_state", side="sink", state="draining") == 1)
+    await wait_until(pair.d.holds_nothing, timeout_s=2.0)
+    await pair.quiet()
+
+
 async def test_second_request_pulls_only_what_is_not_cached(pair: Pair) -> None:
     pair.place("a")
     await wait_until(lambda: "a" in pair.d.completions and pair.d.holds_nothing())

@@ -73,6 +73,7 @@ from baton_handoff.messages import (
 from baton_handoff.pair_client import PairClient
 from baton_handoff.peer_watch import FenceReason
 from baton_handoff.peers import Peers
+from baton_handoff.pulls import PullKey
 from baton_handoff.sink import SinkBook, SinkState
 from baton_handoff.source import SourceBook, SourceState
 from baton_handoff.spans import HandoffTrace
@@ -515,6 +516,10 @@ class HandoffManager:
             else:
                 self._perform(self._sink.pull_returned(start.operation, failure, now))
 
+    def _unwanted_pulls(self) -> list[PullKey]:
+        handoffs = [PullKey(handoff.operation, is_fetch=False) for handoff in self._sink.draining]
+        return handoffs + [PullKey(fetch.operation, is_fetch=True) for fetch in self._fetches.sink.draining]
+
     def _pulled(self, start: StartPull, stats: PullStats, caller: _Caller | None, *, is_retry: bool) -> None:
         incarnation, puller = start.peer_incarnation, self._peers.puller
         client = self._peers.clients.get(incarnation)
@@ -589,6 +594,7 @@ class HandoffManager:
             self._perform(self._sink.tick(now))
             self._perform(self._fetches.source.tick(now))
             self._perform(self._fetches.sink.tick(now))
+            self._peers.puller.end_unwanted(self._unwanted_pulls(), now)
             self.stranded_bytes()
             self._wake.clear()
             link_due = max(self._peers.next_due(), now + MIN_SLEEP_S)
