@@ -9,6 +9,9 @@ compared with:
     memcpy      numpy, block by block, within one process
     raw socket  two processes, one blocking thread each, sendmsg from and recvmsg_into the same blocks; the lists of pieces are
                 made beforehand, there is no protocol, no checksum, no event loop
+    by hand     nixl's own Python API, all blocks in one prepared transfer, asked all the time (nixl_by_hand.py)
+
+nixl is measured as UCX chooses (between processes of a host: copies by the kernel) and by UCX's tcp, which workers do not use.
 
 Rounds go through all cases, each time in another order, so that other load on the machine meets all of them. A ratio is the
 median of the ratios within each round; GB/s are the best and the median round's. Every case's bytes are compared once.
@@ -32,10 +35,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import nixl_by_hand
 import numpy as np
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_engine.pool import BlockLayout, KvPool
 from baton_handoff.transports.base import MAX_OPERATION_BYTES, PeerPool, Transport
+from baton_handoff.transports.nixl import NixlTransport
+from baton_handoff.transports.nixl_config import NixlConfig
+from baton_handoff.transports.nixl_library import NixlMissing, load_nixl
 from baton_handoff.transports.segment import PoolMemory
 from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
@@ -47,6 +54,7 @@ SOURCE, SINK, SECRET = "5" * 16, "d" * 16, bytes(16)
 BLOCK_KIB = (16, 64, 256)
 IN_FLIGHT = 2
 MEMCPY, RAW, RAW_LATE = "memcpy", "raw socket", "raw socket, woken late"
+BASE_NAMES = {MEMCPY: "memcpy", RAW: "raw"}  # for the table
 _RAW_CALL_BYTES, _RAW_CALL_VIEWS, _WAKE_BYTES = 1 << 20, 64, 1 << 19
 Ids = tuple[list[int], list[int]]
 Case = Callable[[str], Awaitable[None]]  # brings all blocks in the order named
@@ -60,18 +68,36 @@ class Kind:
     offered_by: str = ""
     baseline: str = MEMCPY
     targets: tuple[tuple[int, float], ...] = ()  # (block KiB, ratio to the baseline)
+    by_hand: nixl_by_hand.Settings | None = None  # of UCX, for nixl's own baseline
 
 
 def _tcp(_: PoolMemory, pool: KvPool, incarnation: str, *, checksum: bool = True) -> Transport:
     return TcpTransport(pool, incarnation, "127.0.0.1:0", "", TcpConfig(checksum=checksum))
 
 
-# To measure another transport add it here. One that needs a baseline of its own gets it in `baselines`.
+def _nixl_kind(name: str, settings: nixl_by_hand.Settings) -> Kind:
+    config = NixlConfig(emulation=bool(settings), ucx=settings, operation_limit_s=60.0)
+    targets = ((16, 0.9), (64, 0.9), (256, 0.9))
+    return Kind(
+        lambda _, pool, incarnation: NixlTransport(pool, incarnation, "127.0.0.1:0", "", config),
+        baseline=f"{name}, by hand",
+        targets=targets,
+        by_hand=settings,
+    )
+
+
+# To measure another transport add it here.
 KINDS = {
     "shm": Kind(lambda memory, pool, _: ShmTransport(memory, pool), targets=((16, 0.75), (64, 0.85), (256, 0.85))),
     "tcp": Kind(_tcp, baseline=RAW, targets=((16, 0.9), (64, 0.9), (256, 0.9))),
     "tcp without checksum": Kind(partial(_tcp, checksum=False), offered_by="tcp", baseline=RAW),
 }
+try:
+    load_nixl()
+except NixlMissing as missing:
+    print(f"nixl is not measured: {missing}", file=sys.stderr)
+else:
+    KINDS |= {name: _nixl_kind(name, settings) for name, settings in (("nixl", ()), ("nixl UCX tcp", (("TLS", "tcp"),)))}
 
 
 # Both sides.
@@ -147,7 +173,8 @@ async def serve(options: argparse.Namespace) -> None:
             offers[name] = transport.offer().decode()
         listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=serve_raw, args=(listener, pool), daemon=True).start()
-        print(json.dumps({"offers": offers, "port": listener.getsockname()[1]}), flush=True)
+        by_hand = {name: nixl_by_hand.serve(pool, kind.by_hand) for name in options.only if (kind := KINDS[name]).by_hand is not None}
+        print(json.dumps({"offers": offers, "port": listener.getsockname()[1], "by_hand": by_hand}), flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
@@ -207,8 +234,9 @@ class Bench:
         num_bytes = self.num_blocks * self.dest.block_bytes
         rows = []
         for (name, order), durations_s in sorted(self.durations_s.items(), key=lambda item: (item[0][1] != "scattered", 0)):
-            ratios = {base: self._ratio(base, name, order) for base in (MEMCPY, RAW)}
             kind = KINDS.get(name)
+            baseline = kind.baseline if kind is not None else MEMCPY
+            ratios = {base: self._ratio(base, name, order) for base in {MEMCPY, RAW, baseline}}
             target = dict(kind.targets).get(self.block_kib) if kind is not None and order == "scattered" else None
             rows.append(
                 {
@@ -221,9 +249,11 @@ class Bench:
                     "ratio_to_raw_socket": ratios[RAW][0],
                     "ratio_of_best_rounds_to_memcpy": ratios[MEMCPY][1],
                     "ratio_of_best_rounds_to_raw_socket": ratios[RAW][1],
-                    "baseline": kind.baseline if kind is not None else MEMCPY,
+                    "baseline": baseline,
+                    "ratio_to_baseline": ratios[baseline][0],
+                    "ratio_of_best_rounds_to_baseline": ratios[baseline][1],
                     "target": target,
-                    "is_met": None if target is None or kind is None else ratios[kind.baseline][0] >= target,
+                    "is_met": None if target is None else ratios[baseline][0] >= target,
                 }
             )
         return rows
@@ -285,6 +315,9 @@ async def measure(block_kib: int, options: argparse.Namespace) -> list[dict[str,
             stack.push_async_callback(transport.close)
             offer = reached["offers"][KINDS[name].offered_by or name].encode()
             bench.cases[name] = partial(bench.pull, await transport.open_peer(Instance(incarnation=SOURCE), offer, SECRET, SINK))
+            if (by_hand := KINDS[name].by_hand) is not None:
+                reader = nixl_by_hand.Reader(dest, reached["by_hand"][name], by_hand, bench.ids)
+                bench.cases[KINDS[name].baseline] = partial(asyncio.to_thread, reader.read)
         await bench.run(options.rounds)
         return bench.rows()
 
@@ -294,16 +327,17 @@ async def measure(block_kib: int, options: argparse.Namespace) -> list[dict[str,
 
 def table(results: list[dict[str, object]]) -> str:
     """For people: figures, a bar as long as the ratio to a paged copy, and what was aimed at."""
-    lines = [f"{'KiB':>4} {'case':<24} {'best GB/s':>9} {'median':>7} {'x memcpy':>8} {'x raw':>6}  {'target':<17} x memcpy"]
+    lines = [f"{'KiB':>4} {'case':<24} {'best GB/s':>9} {'median':>7} {'x memcpy':>8} {'x raw':>6}  {'of what was aimed at':<28} x memcpy"]
     order = ""
     for row in sorted(results, key=lambda row: row["order"] != "scattered"):
         if row["order"] != order:
             order = str(row["order"])
             lines.append(order)
-        target = "" if row["target"] is None else f"{row['target']} x {row['baseline'].split()[0]}: {'met' if row['is_met'] else 'MISSED'}"
+        base, aim = BASE_NAMES.get(row["baseline"], "by hand"), row["target"]
+        target = "" if aim is None else f"{row['ratio_to_baseline']:.2f} of {aim} x {base}: {'met' if row['is_met'] else 'MISSED'}"
         lines.append(
             f"{row['block_kib']:>4} {row['case']:<24} {row['best_gb_per_s']:>9.2f} {row['median_gb_per_s']:>7.2f} "
-            f"{row['ratio_to_memcpy']:>8.2f} {row['ratio_to_raw_socket']:>6.2f}  {target:<17} {'#' * round(20 * row['ratio_to_memcpy'])}"
+            f"{row['ratio_to_memcpy']:>8.2f} {row['ratio_to_raw_socket']:>6.2f}  {target:<28} {'#' * round(20 * row['ratio_to_memcpy'])}"
         )
     return "\n".join(lines)
 

@@ -62,6 +62,7 @@ class Reader:
     def __init__(self, pool: KvPool, source: dict[str, Any], settings: Settings, orders: dict[str, tuple[list[int], list[int]]]) -> None:
         self._connection = socket.create_connection(("127.0.0.1", source["port"]))
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._is_emulated = bool(settings)
         self._agent = agent = make_agent("by-hand-sink", pool, settings)
         remote = agent.add_remote_agent(base64.b64decode(source["metadata"]))
         here = agent.prep_xfer_dlist("NIXL_INIT_AGENT", _all_blocks(pool.place.address, pool), "DRAM")
@@ -71,14 +72,21 @@ class Reader:
             for name, (source_ids, dest_ids) in orders.items()
         }
 
+        self._wait(agent.make_prepped_xfer("READ", here, _indices([0]), there, _indices([0])))  # makes UCX connect
+        self._connection.sendall(_CALM)
+
     def read(self, order: str) -> None:
         """All blocks. Blocks the thread."""
-        self._connection.sendall(_HOT)
-        transfer = self._transfers[order]
+        if self._is_emulated:
+            self._connection.sendall(_HOT)
+        self._wait(self._transfers[order])
+        if self._is_emulated:
+            self._connection.sendall(_CALM)
+
+    def _wait(self, transfer: Any) -> None:
         state = self._agent.transfer(transfer)
         while state == "PROC":
             state = self._agent.check_xfer_state(transfer)
-        self._connection.sendall(_CALM)
         if state != "DONE":
             raise RuntimeError(f"nixl says {state}")
 
