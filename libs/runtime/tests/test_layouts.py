@@ -1,6 +1,6 @@
 import pytest
-from baton_contracts.discovery.v1.instance_pb2 import KvLayout
-from baton_runtime.layouts import layout_mismatch, layout_text
+from baton_contracts.discovery.v1.instance_pb2 import KvLayout, Model
+from baton_runtime.layouts import layout_mismatch, layout_text, model_mismatch
 
 
 def layout(**changes: int | str) -> KvLayout:
@@ -39,3 +39,11 @@ def test_what_cannot_be_matched_is_named(a: dict[str, int], b: dict[str, int], w
 
 def test_a_layout_is_spelled_with_every_field_that_decides() -> None:
     assert layout_text(layout(num_shards=2)) == "layers=2 block_tokens=16 kv_heads=12 head_dim=8 dtype=float32 shards=2"
+
+
+def test_models_differ_by_what_kv_depends_on_and_not_by_name_or_folder() -> None:
+    model = Model(fingerprint="a", hash_block_tokens=16, vocab_size=10, max_model_tokens=20)
+    other = Model(fingerprint="a", hash_block_tokens=16, vocab_size=10, max_model_tokens=20, served_name="n", path="/p")
+    assert model_mismatch(model, other) == []
+    other.hash_block_tokens, other.vocab_size = 64, 11
+    assert [why.split(" (")[0] for why in model_mismatch(model, other)] == ["hash_block_tokens 16 against 64", "vocab_size 10 against 11"]

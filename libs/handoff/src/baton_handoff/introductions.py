@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
 from baton_engine.pool import BlockLayout
-from baton_runtime.layouts import layout_mismatch, layout_text
+from baton_runtime.layouts import layout_mismatch, layout_text, model_mismatch
 
 from baton_handoff.tag import layout_from_record
 from baton_handoff.transports.reslice import Reslice
@@ -77,11 +77,7 @@ class Introductions:
 
 def why_incompatible(own: Instance, peer: Instance) -> str:
     """What keeps two workers from exchanging KV, naming both sides; "" if nothing does."""
-    problems = []
-    for name in ("fingerprint", "hash_block_tokens", "max_model_tokens", "vocab_size"):
-        ours, theirs = getattr(own.model, name), getattr(peer.model, name)
-        if ours != theirs:
-            problems.append(f"model {name} {ours} against {theirs}")
+    problems = model_mismatch(own.model, peer.model)
     if why := layout_problem(own, peer):
         problems.append(why)
     return f"{own.instance_id} and {peer.instance_id}: {'; '.join(problems)}" if problems else ""

@@ -1,11 +1,20 @@
-"""Which KV layouts can be turned into each other while blocks are copied, and how a layout is spelled in logs and refusals.
+"""Whose KV can become whose: which models are the same, which layouts can be turned into each other while blocks are copied.
 
 Asked in four places, which must agree: the router's placement, kvtransfer's introduction, the source's side of a link, and the code
-that moves the bytes.
+that moves the bytes. Also how a layout is spelled in logs and refusals.
 """
 
 from typing import Protocol
 
+from baton_contracts.discovery.v1.instance_pb2 import Model
+
+# What two models must have in common, and what to do if they have not.
+_MODEL_FIELDS = {
+    "fingerprint": " (serve the same weights, or another served_name)",
+    "hash_block_tokens": " (set it on both to one value that divides both block sizes)",
+    "max_model_tokens": "",
+    "vocab_size": "",
+}
 # Both sides must hold the same values; only how they are cut into blocks and shards may differ.
 _EQUAL_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "dtype")
 # Cut at multiples of each other, so that every piece of the finer side lies in one piece of the coarser one.
@@ -42,6 +51,15 @@ class Layout(Protocol):
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
+
+
+def model_mismatch(a: Model, b: Model) -> list[str]:
+    """What keeps workers of these models from exchanging KV, one text per field with both values; empty if nothing does."""
+    return [
+        f"{name} {getattr(a, name)} against {getattr(b, name)}{fix}"
+        for name, fix in _MODEL_FIELDS.items()
+        if getattr(a, name) != getattr(b, name)
+    ]
 
 
 def layout_text(layout: Layout) -> str:

@@ -1,17 +1,7 @@
 """Which workers may form a pair, and why some must not."""
 
-from collections.abc import Iterator
-
 from baton_contracts.discovery.v1 import instance_pb2 as discovery
-from baton_runtime.layouts import layout_mismatch, layout_text
-
-# What must be equal, and what to do about it.
-_MODEL_FIELDS = {
-    "fingerprint": " (serve the same weights, or another served_name)",
-    "hash_block_tokens": " (set it on both to one value that divides both block sizes)",
-    "max_model_tokens": "",
-    "vocab_size": "",
-}
+from baton_runtime.layouts import layout_mismatch, layout_text, model_mismatch
 
 
 def is_pair(a: discovery.Instance, b: discovery.Instance) -> bool:
@@ -31,7 +21,7 @@ def refusal(a: discovery.Instance, b: discovery.Instance) -> str:
     Block sizes and numbers of shards may differ if one divides the other: blocks are cut anew on their way.
     """
     names = (a.instance_id, b.instance_id)
-    differences = list(_differences(a.model, b.model))
+    differences = model_mismatch(a.model, b.model)
     if why := layout_mismatch(a.layout, b.layout):
         differences.append(f"{why}; {names[0]} has {layout_text(a.layout)}, {names[1]} has {layout_text(b.layout)}")
     if differences:
@@ -41,10 +31,3 @@ def refusal(a: discovery.Instance, b: discovery.Instance) -> str:
         texts = [", ".join(transports) or "none" for transports in offered]
         return f"{names[0]} and {names[1]} cannot exchange KV: transports {texts[0]} against {texts[1]}"
     return ""
-
-
-def _differences(a: discovery.Model, b: discovery.Model) -> Iterator[str]:
-    for name, fix in _MODEL_FIELDS.items():
-        values = (getattr(a, name), getattr(b, name))
-        if values[0] != values[1]:
-            yield f"{name} {values[0]} against {values[1]}{fix}"

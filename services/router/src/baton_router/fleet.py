@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from baton_contracts.discovery.v1 import instance_pb2 as discovery
 from baton_contracts.worker.v1 import worker_service_pb2 as worker
-from baton_runtime.layouts import layout_mismatch
+from baton_runtime.layouts import layout_mismatch, model_mismatch
 
 # docs/handoff.md, section 4.
 SUSPECT_AFTER_S = 1.0
@@ -64,9 +64,8 @@ class Worker:
     kv_kind: bytes = field(init=False)  # equal bytes: the same model and layout
 
     def __post_init__(self) -> None:
-        model = self.record.model
-        kind = discovery.Instance(model=discovery.Model(fingerprint=model.fingerprint, hash_block_tokens=model.hash_block_tokens))
-        kind.layout.CopyFrom(self.record.layout)
+        kind = discovery.Instance(model=self.record.model, layout=self.record.layout)
+        kind.model.served_name = kind.model.path = ""
         self.kv_kind = kind.SerializeToString(deterministic=True)
 
     @property
@@ -156,8 +155,7 @@ class Fleet:
         kinds = (prefill.kv_kind, decode.kv_kind)
         if kinds not in self._matches:
             a, b = prefill.record, decode.record
-            is_same_model = (a.model.fingerprint, a.model.hash_block_tokens) == (b.model.fingerprint, b.model.hash_block_tokens)
-            self._matches[kinds] = is_same_model and not layout_mismatch(a.layout, b.layout)
+            self._matches[kinds] = not model_mismatch(a.model, b.model) and not layout_mismatch(a.layout, b.layout)
         return self._matches[kinds]
 
     def fence(self, incarnations: Iterable[str], now: float) -> None:
