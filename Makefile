@@ -11,9 +11,10 @@ HANDOFF_BENCHES := $(addprefix bench/,handoff_transports.py handoff_latency.py b
 # make up MODEL=folder UP="--engine sim --profile instant --port 9000"
 UP ?=
 MODEL ?=
+FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-slow test-alone check format lint types proto proto-check \
+.PHONY: help up test test-unit test-e2e test-slow test-faults test-alone check format lint types proto proto-check \
 	bench-handoff ci clean
 
 help: ## show this text
@@ -46,6 +47,9 @@ test-e2e: $(VENV)/.ready ## tests with real processes
 
 test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (about five minutes)
 	$(BIN)/pytest -m slow $(addsuffix /tests,$(MEMBERS)) tests
+
+test-faults: $(VENV)/.ready ## the whole fault matrix, as root (about two hours; FAULTS="--transports shm"); writes docs/faults.md
+	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
 
 test-alone: $(VENV)/.ready ## build each service from its declared dependencies alone and run its tests there
 	$(BIN)/python tests/alone/build_alone.py

@@ -1,6 +1,8 @@
 """A whole Baton of real processes for the cross-service tests, on free ports, over a real etcd."""
 
 import asyncio
+import json
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -20,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 READY_LIMIT_S = 60.0
 SETTLE_LIMIT_S = 5.0  # law 2
+ROOMY_TOKENS = 65536
 
 T = TypeVar("T")
 
@@ -130,6 +133,14 @@ def unsettled(report: status.Report, without: tuple[str, ...]) -> str:
         if instance.live_handoffs or instance.live_handoffs_in_books or instance.running_sequences or instance.waiting_sequences:
             found.append(f"{instance.instance_id}: {instance}")
     return "; ".join(found)
+
+
+def roomy_model(folder: Path) -> Path:
+    """A copy of the demo model's folder with a longer context; the sim engine takes sizes and the tokenizer from it, not the weights."""
+    shutil.copytree(up.demo_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": ROOMY_TOKENS}))
+    return folder
 
 
 async def _etcd(hosts: Hosts | None) -> EtcdProcess:

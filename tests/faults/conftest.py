@@ -1,11 +1,9 @@
 """What the fault tests share: a timed sim engine whose steps are long enough to hit, and a model folder with room."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
-from baton_cli import up
+from cluster import roomy_model
 
 # 1 ms per prompt token and 10 ms per decode step: a 2,000-token prompt is on its way for 2 s in chunks of at most 250 ms.
 SLOW_PROFILE = """
@@ -25,12 +23,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-@pytest.fixture(scope="session")
-def roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's folder with a longer context; the sim engine takes sizes and the tokenizer from it, not the weights."""
-    folder = tmp_path_factory.mktemp("model") / "roomy"
-    shutil.copytree(up.demo_model(), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 65536
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+@pytest.fixture(scope="session", name="roomy_model")
+def make_roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's folder with a longer context."""
+    return roomy_model(tmp_path_factory.mktemp("model") / "roomy")

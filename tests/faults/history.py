@@ -9,7 +9,7 @@ from pathlib import Path
 
 from watched_worker import DECODING, OVER
 
-SOURCE_STATES = ("queued", "offered", "computing", "computed")
+SOURCE_STATES = ("queued", "offered", "fetching", "computing", "computed")
 SINK_STATES = ("ticket", "pulling", "moving", "draining", "decoding")
 STATES = tuple([("source", state) for state in SOURCE_STATES] + [("sink", state) for state in SINK_STATES])
 
@@ -68,8 +68,9 @@ class History:
                 self._take(file.stem, json.loads(line))
 
     def forget(self) -> None:
-        """Drop tracks that are over."""
-        self._tracks = {place: track for place, track in self._tracks.items() if track.at(track.times[-1]) != (OVER, 0)}
+        """Drop tracks that are over, and those of the dead."""
+        live = {place: track for place, track in self._tracks.items() if self.is_last_life(track)}
+        self._tracks = {place: track for place, track in live.items() if track.at(track.times[-1]) != (OVER, 0)}
 
     def tracks(self, of: Callable[[Track], bool]) -> Iterator[Track]:
         """Those that concern somebody."""

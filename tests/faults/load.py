@@ -37,7 +37,7 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Kind:
-    """Of clients. Lengths in tokens, from and to; leaves_after_s: they hang up some time before that."""
+    """Of clients. Lengths in tokens, from and to; leaves_after_s: they hang up some time before that; talks: they go on from the answer."""
 
     name: str
     clients: int
@@ -45,6 +45,7 @@ class Kind:
     answer: tuple[int, int]
     batch: bool = False
     leaves_after_s: float = 0.0
+    talks: bool = False
 
 
 @dataclass
@@ -77,7 +78,6 @@ class Load:
     def __init__(self, http: aiohttp.ClientSession, url: str, model: str, oracle: Oracle, seed: int) -> None:
         self.url = url
         self.tally = Tally()
-        self.num_running = 0
         self._http = http
         self._model = model
         self._oracle = oracle
@@ -98,18 +98,17 @@ class Load:
                 self._stopping.set()
 
     async def _client(self, kind: Kind) -> None:
+        said: list[int] = []
         while not self._stopping.is_set():
-            self.num_running += 1
-            try:
-                outcome = await self._ask(kind)
-            finally:
-                self.num_running -= 1
+            prompt = self._prompt(self._random.randint(*kind.prompt))
+            outcome, answer = await self._ask(kind, [*said, *prompt])
+            is_going_on = kind.talks and not said and outcome.how == "ok"
+            said = [*prompt, *answer.token_ids] if is_going_on else []
             self.tally.outcomes.append(outcome)
             if outcome.how in ("refused", "failed"):
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
 
-    async def _ask(self, kind: Kind) -> Outcome:
-        prompt = self._prompt(self._random.randint(*kind.prompt))
+    async def _ask(self, kind: Kind, prompt: list[int]) -> "tuple[Outcome, _Answer]":
         max_tokens = self._random.randint(*kind.answer)
         answer = _Answer()
         leave_s = self._random.uniform(0.0, kind.leaves_after_s) if kind.leaves_after_s else ANSWER_LIMIT_S
@@ -124,7 +123,7 @@ class Load:
             outcome = answer.outcome(kind.name, max_tokens)
         outcome.resumed = answer.is_resumed
         self._check(answer, prompt, outcome)
-        return outcome
+        return outcome, answer
 
     def _prompt(self, length: int) -> list[int]:
         """Now and then one that begins as others do."""

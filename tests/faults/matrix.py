@@ -1,397 +1,146 @@
-"""One field of the fault matrix: strike under a steady stream of handoffs, watch, mend, and judge by what everybody wrote down."""
+"""The fault matrix: every fault of every process, in every state of the handoff, on every transport.
 
+    python tests/faults/matrix.py --transports shm,tcp,nixl --json bench/results/fault-matrix.json --markdown docs/faults.md
+
+Each field is struck until every state of the two state machines was hit, at most --strikes times: about an hour per transport.
+"""
+
+import argparse
 import asyncio
 import json
-import signal
 import sys
+import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import aiohttp
-from cluster import Cluster, cluster, until
-from fault_kinds import Cell, is_worker
-from history import STATES, History, Track
-from hosts import Hosts
-from load import Kind, Load, Oracle, Tally
+if __name__ == "__main__":  # pytest adds these itself
+    REPOSITORY = Path(__file__).parents[2]
+    sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "bench")]
 
-LAW_2_S = 5.0
-WATCHED_S = 6.0  # from the strike, if it is mended by then
-DRAIN_LIMIT_S = 40.0
-READY_LIMIT_S = 20.0
-STATE_LIMIT_S = 6.0
-SAMPLE_S = 0.2
-# A woken process lets go within one step of waking (law 2), of at most 250 ms; and 50 ms, as in law 6.
-WAKE_S = 0.25 + 0.05
+from cluster import roomy_model
+from fault_kinds import Cell, all_cells
+from history import STATES
+from hosts import why_not
+from strike import House, Result, open_house
 
-PROFILE = """
-description = "half a millisecond per prompt token, blocks of 64 KiB: work is on its way long enough to be hit"
-[prefill_ms]
-per_token = 0.5
-[decode_ms]
-constant = 10.0
-[model]
-num_layers = 4
-num_kv_heads = 4
-head_dim = 32
-"""
-KINDS = [
-    Kind("short", 8, (40, 400), (10, 80)),
-    Kind("long", 4, (800, 1600), (5, 40), batch=True),
-    Kind("leaver", 8, (200, 1500), (50, 100), leaves_after_s=1.2),
+# The rare ones are waited for first: the others are there anyway.
+RARE = [
+    ("sink", "draining"),
+    ("source", "fetching"),
+    ("source", "offered"),
+    ("source", "computed"),
+    ("sink", "moving"),
+    ("sink", "pulling"),
 ]
-ENVIRONMENT = {
-    "BATON_PREFILL_NUM_BLOCKS": "500",
-    "BATON_DECODE_NUM_BLOCKS": "400",
-    "BATON_PREFILL_MAX_CHUNK_TOKENS": "512",
-    "BATON_WATCHED_PULL_DELAY_S": "0.05",
-    "BATON_PREFILL_LOG_LEVEL": "debug",
-    "BATON_DECODE_LOG_LEVEL": "debug",
-}
-WATCHED_WORKER = str(Path(__file__).parent / "watched_worker.py")
 
 
-@dataclass
-class Result:
-    """What came of one strike. Times in seconds from the strike; states: handoffs concerned at that instant, by side and state."""
-
-    cell: str
-    transport: str
-    fault: str
-    victims: list[str]
-    target: str = ""  # side and state the strike waited for
-    is_target_hit: bool = False
-    states: dict[str, int] = field(default_factory=dict)
-    num_held: int = 0  # of them, sides that held blocks and live on
-    free_s: float | None = None  # until the last of those was free; None: there was none, or nobody had to let go
-    woken_free_s: float | None = None  # from the waking of a stopped one until it held nothing it had held before
-    fences: int = 0
-    requests: dict[str, int] = field(default_factory=dict)
-    max_stranded_bytes: float = 0.0
-    max_mismatch_bytes: float = 0.0
-    settled_s: float = 0.0  # from the end of the load
-    problems: list[str] = field(default_factory=list)
-
-
-class House:
-    """A cluster of watched workers on hosts of their own, for many strikes."""
-
-    def __init__(self, house: Cluster, folder: Path, oracle: Oracle) -> None:
-        self.cluster = house
-        self.history = History(folder / "watched")
-        self._folder = folder
-        self._oracle = oracle
-        self._log_offset = 0
-        self._num_loads = 0
-
-    async def strike(self, cell: Cell, target: tuple[str, str] | None) -> Result:
-        """Strike once, when a handoff concerned is in the target state. Raises nothing for what the law says; see problems."""
-        self._num_loads += 1
-        house = self.cluster
-        load = Load(house.http, house.url, house.options.served_name, self._oracle, seed=self._num_loads)
-        result = Result(cell.name, cell.transport, cell.fault.name, list(cell.victims), target=" ".join(target or ()))
-        before = await self._counters()
-        async with load.running(KINDS):
-            try:
-                t0, t_mended = await self._strike_and_mend(cell, target, result)
-            except BaseException:
-                await self._undo(cell)
-                raise
-        ended = time.monotonic()
-        result.problems += await self._settled(result)
-        result.settled_s = round(time.monotonic() - ended, 3)
-        self.history.read()
-        self._judge_blocks(cell, result, t0, t_mended)
-        self._judge_requests(cell, result, load.tally)
-        self._judge_counters(cell, result, before, await self._counters())
-        self.history.forget()
-        return result
-
-    async def _strike_and_mend(self, cell: Cell, target: tuple[str, str] | None, result: Result) -> tuple[float, float]:
-        """Returns: when it struck and when it was mended, by CLOCK_MONOTONIC."""
-        await self._until_busy(cell)
-        frozen = await self._freeze(cell, target) if target is not None else None
-        if frozen is None:
-            await self._until_busy(cell)
-        t0 = time.monotonic()
-        if not (cell.fault.is_stop and frozen in cell.victims):
-            await cell.fault.strike(self.cluster, cell.victims)
-        if frozen is not None and (cell.fault.is_partition or frozen not in cell.victims):
-            self.cluster.signal(frozen, signal.SIGCONT)
-        struck = time.monotonic()
-        self.history.read()
-        found = self.history.counts(t0, lambda track: self._is_concerned(cell, track))
-        result.states = {f"{side} {state}": count for (side, state), count in sorted(found.items())}
-        result.is_target_hit = frozen is not None
-        async with asyncio.TaskGroup() as group:
-            mending = group.create_task(self._mend(cell, struck + cell.fault.lasts_s))
-            end = max(t0 + WATCHED_S, struck + cell.fault.lasts_s + 2.0)
-            while time.monotonic() < end or not mending.done():
-                await self._sample(cell, result, t0, is_mended=mending.done())
-                await asyncio.sleep(SAMPLE_S)
-        return t0, mending.result()
-
-    async def _mend(self, cell: Cell, at: float) -> float:
-        await asyncio.sleep(max(0.0, at - time.monotonic()))
-        mended = time.monotonic()
-        await cell.fault.mend(self.cluster, cell.victims)
-        return mended
-
-    async def _undo(self, cell: Cell) -> None:
-        """After something went wrong with the harness: let nobody stay stopped or cut off."""
-        for child in self.cluster.children.values():
-            child.send(signal.SIGCONT)
-        if self.cluster.hosts is not None:
-            await self.cluster.hosts.heal()
-
-    def _is_concerned(self, cell: Cell, track: Track) -> bool:
-        """Whether a strike is about this side of a handoff: it is severed from the other, or no worker is struck and all count."""
-        one, other = track.instance, self.history.peer(track)
-        if not self.history.is_last_life(track):
-            return False
-        return cell.severs(one, other) or not all(is_worker(victim) for victim in cell.victims)
-
-    async def _until_busy(self, cell: Cell) -> None:
-        """Until handoffs that will be struck are computed on one side and decoded on the other."""
-
-        async def busy() -> bool:
-            self.history.read()
-            found = self.history.counts(time.monotonic(), lambda track: self._is_concerned(cell, track))
-            return found["source", "computing"] > 0 and found["sink", "decoding"] > 0
-
-        await until(f"{cell.name}: handoffs to be struck", busy, READY_LIMIT_S)
-
-    async def _freeze(self, cell: Cell, target: tuple[str, str]) -> str | None:
-        """Have the worker stop that sees the target state first. Returns: its name; None: nobody did."""
-        side, state = target
-        service = "prefill" if side == "source" else "decode"
-        lives = {name: life for life, name in self.history.names.items()}  # the newest come last
-        workers = [name for name in self.cluster.children if is_worker(name)]
-        watchers = {}
-        for name in workers:
-            if name.startswith(service):
-                everybody = not all(is_worker(victim) for victim in cell.victims)
-                watchers[name] = [lives[peer] for peer in workers if everybody or cell.severs(name, peer)]
-        watchers = {name: peers for name, peers in watchers.items() if peers}
-        for name, peers in watchers.items():
-            arm = self._folder / "watched" / f"{name}.arm"
-            arm.write_text(json.dumps({"side": side, "state": state, "peers": peers}))
-            self.cluster.signal(name, signal.SIGUSR1)
-        try:
-            return await until(f"somebody in {target}", lambda: self._stopped(list(watchers)), STATE_LIMIT_S)
-        except AssertionError:
-            return None
-        finally:
-            await self._disarm(list(watchers))
-
-    async def _stopped(self, names: list[str]) -> str | None:
-        return next((name for name in names if self._process_state(name) == "T"), None)
-
-    def _process_state(self, name: str) -> str:
-        process = self.cluster.children[name].process
-        assert process is not None
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-    async def _disarm(self, names: list[str]) -> None:
-        """All but one: two may have stopped at the same time."""
-        first = await self._stopped(names)
-        for name in names:
-            self.cluster.signal(name, signal.SIGUSR2)
-            if name != first and self._process_state(name) == "T":
-                self.cluster.signal(name, signal.SIGCONT)
-
-    async def _sample(self, cell: Cell, result: Result, t0: float, *, is_mended: bool) -> None:
-        """Stranded and mismatching bytes, now, of everybody who answers."""
-        stranded = mismatch = 0.0
-        for name, child in self.cluster.children.items():
-            if not child.is_running or not (is_worker(name) or name.startswith("kvtransfer")):
-                continue
-            if not is_mended and not cell.fault.is_partition and name in cell.victims:
-                continue
-            values = await self._metrics(name)
-            stranded += values.get("baton_kv_stranded_bytes", 0.0)
-            mismatch += values.get("baton_ledger_mismatch_bytes", 0.0)
-        result.max_stranded_bytes = max(result.max_stranded_bytes, stranded)
-        result.max_mismatch_bytes = max(result.max_mismatch_bytes, mismatch)
-        late = time.monotonic() - t0
-        is_bookkeeper_away = not is_mended and any(victim.startswith("kvtransfer") for victim in cell.victims)
-        if late > LAW_2_S and stranded:
-            result.problems.append(f"{stranded:g} stranded bytes after {late:.1f} s")
-        if late > LAW_2_S and mismatch and not is_bookkeeper_away:
-            result.problems.append(f"{mismatch:g} mismatching bytes after {late:.1f} s")
-
-    async def _metrics(self, name: str) -> dict[str, float]:
-        """Samples by name, labels included, and summed over labels; empty if it does not answer."""
-        url = f"http://{self.cluster.instance(name).metrics_address}/metrics"
-        try:
-            async with self.cluster.http.get(url, timeout=aiohttp.ClientTimeout(total=1.0)) as response:
-                text = await response.text()
-        except (aiohttp.ClientError, TimeoutError):
-            return {}
-        values: Counter[str] = Counter()
-        for line in text.splitlines():
-            if line.startswith("baton_"):
-                name, _, value = line.rpartition(" ")
-                values[name] += float(value)
-                if "{" in name:
-                    values[name.partition("{")[0]] += float(value)
-        return values
-
-    async def _counters(self) -> dict[str, dict[str, float]]:
-        """By instance, what only rises."""
-        wanted = ("baton_handoff_fences_total", "baton_handoff_data_loss_total", 'baton_attempts_total{outcome="engine_error"')
-        found = {}
-        for name, child in self.cluster.children.items():
-            if is_worker(name) and child.is_running:
-                values = await self._metrics(name)
-                found[name] = {want: _sum(values, want) for want in wanted}
-        return found
-
-    async def _settled(self, result: Result) -> list[str]:
-        """Idle and sound within law 2's time; free blocks as at the beginning: all."""
-        try:
-            await self.cluster.settled(limit_s=LAW_2_S)
-        except AssertionError as error:
-            return [str(error)]
-        return []
-
-    def _judge_blocks(self, cell: Cell, result: Result, t0: float, t_mended: float) -> None:
-        """Law 2: what was held for somebody who is out of reach is free within 5 s on every live side."""
-        if cell.fault.is_short:
-            return
-        is_frontend = any(victim.startswith("frontend") for victim in cell.victims)
-        for track in self.history.tracks(lambda track: self._must_let_go(cell, track)):
-            held_at = track.holds_in(t0, min(t_mended, t0 + LAW_2_S))
-            if held_at is None:
-                continue
-            also_decoding = is_frontend or (cell.fault.is_partition and cell.victims == (track.instance,))
-            since = held_at
-            if track.at(held_at)[0] == "decoding" and not also_decoding:
-                continue
-            result.num_held += 1
-            free_at = track.free_at(since, also_decoding=also_decoding)
-            took = None if free_at is None else round(free_at - t0, 3)
-            if took is None or took > LAW_2_S:
-                state, held = track.at(since)
-                result.problems.append(
-                    f"{track.instance} held {held} blocks ({track.side} {state}, request {track.request}) for {took} s after the strike"
-                )
-            if took is not None:
-                result.free_s = max(result.free_s or 0.0, took)
-        if cell.fault.is_stop:
-            self._judge_woken(cell, result, t_mended)
-
-    def _must_let_go(self, cell: Cell, track: Track) -> bool:
-        """Whether a live side has lost its other side, or its frontend, for good."""
-        one, other = track.instance, self.history.peer(track)
-        if one in cell.victims and not cell.fault.is_partition:
-            return False  # dead, or judged when it wakes
-        lost = [victim for victim in cell.victims if victim.startswith("frontend")]
-        if lost:
-            return (cell.fault.is_kill or cell.fault.is_partition) and (len(cell.victims) == 1 or one in cell.victims)
-        return cell.severs(one, other) and all(is_worker(victim) for victim in cell.victims)
-
-    def _judge_woken(self, cell: Cell, result: Result, t_woken: float) -> None:
-        """A woken worker was given up by everybody: what it held is free within one step."""
-        for track in self.history.tracks(lambda track: track.instance in cell.victims):
-            if not track.at(t_woken)[1]:
-                continue
-            free_at = track.free_at(t_woken, also_decoding=True)
-            took = None if free_at is None else round(free_at - t_woken, 3)
-            if took is None or took > WAKE_S:
-                state, held = track.at(t_woken)
-                result.problems.append(f"{track.instance} still held {held} blocks ({track.side} {state}) {took} s after waking")
-            if took is not None:
-                result.woken_free_s = max(result.woken_free_s or 0.0, took)
-
-    def _judge_requests(self, cell: Cell, result: Result, tally: Tally) -> None:
-        """Law 1 and 3: every request has one ending, and no token is wrong, missing or repeated."""
-        result.requests = dict(tally.count())
-        result.problems += tally.corrupt
-        if "frontend-0" not in cell.victims[:1] or cell.fault.is_partition:
-            bad = [outcome for outcome in tally.outcomes if outcome.how in ("failed", "refused")]
-            result.problems += [f"request {outcome.how}: {outcome.detail} ({outcome.kind})" for outcome in bad[:5]]
-        ends = Counter(self._finished_requests())
-        result.problems += [f"request {request} ended {count} times" for request, count in ends.items() if count > 1]
-        if cell.fault.is_short and cell.fault.is_stop and result.requests.get("resumed"):
-            result.problems.append(f"{result.requests['resumed']} requests were resumed though nothing had to be given up")
-
-    def _finished_requests(self) -> Iterator[str]:
-        """Ids in the frontend's canonical lines since the last call."""
-        with self.cluster.children["frontend-0"].log.open("rb") as log:
-            log.seek(self._log_offset)
-            text = log.read()
-        complete = text[: text.rfind(b"\n") + 1]
-        self._log_offset += len(complete)
-        for line in complete.splitlines():
-            if b'"request_finished"' in line:
-                yield json.loads(line)["request_id"]
-
-    def _judge_counters(self, cell: Cell, result: Result, before: dict, after: dict) -> None:
-        for name, counts in after.items():
-            if cell.fault.is_kill and name in cell.victims:
-                continue
-            rise = {what: value - before.get(name, {}).get(what, 0.0) for what, value in counts.items()}
-            result.fences += int(rise.pop("baton_handoff_fences_total"))
-            result.problems += [f"{name}: {what} rose by {value:g}" for what, value in rise.items() if value]
-        if cell.fault.is_short and cell.fault.is_stop and result.fences:
-            result.problems.append(f"{result.fences} peers were fenced though nobody was silent for 2 s")
-
-
-@asynccontextmanager
-async def open_house(folder: Path, model: Path, transport: str) -> AsyncIterator[House]:
-    """Two prefill, two decode, one of each other service, each on its own host; workers offer one transport alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    profile = folder / "profile.toml"
-    profile.write_text(PROFILE)
-    watched = folder / "watched"
-    watched.mkdir()
-    environment = {
-        **ENVIRONMENT,
-        "BATON_PREFILL_TRANSPORTS": transport,
-        "BATON_DECODE_TRANSPORTS": transport,
-        "BATON_WATCHED_FOLDER": str(watched),
-    }
-
-    def watch(name: str, command: list[str]) -> list[str]:
-        return ["/usr/bin/env", f"BATON_WATCHED_NAME={name}", sys.executable, WATCHED_WORKER, name[:-2]] if is_worker(name) else command
-
-    async with Hosts() as hosts:
-        options = {"profile": str(profile), "model": model, "prefill": 2, "decode": 2, "environment": environment}
-        async with cluster(folder, hosts=hosts, change=watch, **options) as house:
-            made = House(house, folder, Oracle(str(profile), model))
-            await until("the workers' histories", lambda: _histories(made), READY_LIMIT_S)
-            yield made
-
-
-async def _histories(house: House) -> bool:
-    house.history.read()
-    return len(house.history.names) >= sum(is_worker(name) for name in house.cluster.children)
-
-
-async def run_cell(house: House, cell: Cell, wanted: Sequence[tuple[str, str]] = STATES, most: int = 1) -> list[Result]:
-    """Strike until every wanted state was hit, at most so many times; each strike waits for one that is missing."""
+async def run_cell(house: House, cell: Cell, most: int) -> list[Result]:
+    """Strike until every state was hit, at most so many times; each strike waits for a state that is missing."""
     results: list[Result] = []
-    hit: set[str] = set()
-    for _ in range(most):
-        missing = [state for state in wanted if " ".join(state) not in hit]
-        if results and not missing:
+    missing = [*RARE, *(state for state in STATES if state not in RARE)]
+    while missing and len(results) < most:
+        target = missing.pop(0)
+        result = await house.strike(cell, target)
+        results.append(result)
+        if result.problems:
             break
-        target = min(missing, key=_rarity) if missing else None
-        results.append(await house.strike(cell, target))
-        hit |= set(results[-1].states)
+        missing = [state for state in (*missing, target) if " ".join(state) not in result.states]
     return results
 
 
-def _sum(values: dict[str, float], name: str) -> float:
-    """Of a metric, or of those of its labels that begin as given."""
-    return values.get(name, 0.0) if "{" not in name else sum(value for label, value in values.items() if label.startswith(name))
+async def run_cells(
+    folder: Path, cells: Sequence[Cell], most: int, on_results: Callable[[Cell, list[Result]], None], *, on_hosts: bool = True
+) -> None:
+    """Cells of one transport, in one house; a new one after a problem, so that no field spoils the next."""
+    model, left, number = roomy_model(folder / "model"), list(cells), 0
+    while left:
+        number += 1
+        async with open_house(folder / f"house-{number}", model, left[0].transport, on_hosts=on_hosts) as house:
+            while left:
+                cell = left.pop(0)
+                try:
+                    results = await run_cell(house, cell, most)
+                except* AssertionError as group:  # what the harness waited for has not come: as bad as a broken law
+                    why = "; ".join(str(error) for error in group.exceptions)
+                    results = [Result(cell.name, cell.transport, cell.fault.name, list(cell.victims), problems=[f"not judged: {why}"])]
+                on_results(cell, results)
+                if results[-1].problems:
+                    break
 
 
-def _rarity(state: tuple[str, str]) -> int:
-    """The rare ones first: the others are there anyway."""
-    rare = [("sink", "draining"), ("source", "offered"), ("source", "computed"), ("sink", "moving"), ("sink", "pulling")]
-    return rare.index(state) if state in rare else len(rare)
+class Progress:
+    """Says on the terminal how it goes, and keeps the file up to date: the matrix may be interrupted."""
+
+    def __init__(self, file: Path | None, num_cells: int) -> None:
+        from machine import machine
+
+        self.report: dict = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "results": []}
+        self._file = file
+        self._num_cells = num_cells
+        self._num_done = 0
+        self._began = time.monotonic()
+
+    def take(self, cell: Cell, results: list[Result]) -> None:
+        """One field is done."""
+        self._num_done += 1
+        self.report["results"] += [asdict(result) for result in results]
+        hit = {state for result in results for state in result.states}
+        missing = [" ".join(state) for state in STATES if " ".join(state) not in hit]
+        problems = [problem for result in results for problem in result.problems]
+        took = (time.monotonic() - self._began) / 60
+        where = f"{self._num_done}/{self._num_cells} after {took:.1f} min"
+        say(f"{where}  {cell.name}: {len(results)} strikes, not hit: {', '.join(missing) or 'none'}")
+        for problem in problems:
+            say(f"    {problem}")
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(self.report, indent=1) + "\n")
+
+    @property
+    def num_problems(self) -> int:
+        """Of all results so far."""
+        return sum(len(result["problems"]) for result in self.report["results"])
+
+
+def say(text: str) -> None:
+    """To the terminal."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def main() -> int:
+    """Run it. Exit status 1 if a law was broken, 2 if partitions cannot be made here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transports", default="shm,tcp,nixl", help="comma-separated")
+    parser.add_argument("--strikes", type=int, default=4, help="at most, per field")
+    parser.add_argument("--only", default="", help="fields whose name has one of these, comma-separated")
+    parser.add_argument("--json", type=Path, help="where the results go, brought up to date after each field")
+    parser.add_argument("--markdown", type=Path, help="where the tables go, at the end")
+    parser.add_argument("--folder", type=Path, help="for logs and histories; kept if given")
+    chosen = parser.parse_args()
+    if problem := why_not():
+        say(f"the fault matrix cannot run here: {problem}")
+        return 2
+    by_transport = {
+        transport: [c for c in all_cells(transport) if _is_chosen(c, chosen.only)] for transport in chosen.transports.split(",")
+    }
+    progress = Progress(chosen.json, sum(len(cells) for cells in by_transport.values()))
+    with tempfile.TemporaryDirectory(prefix="baton-faults-") as temporary:
+        folder = chosen.folder or Path(temporary)
+        for transport, cells in by_transport.items():
+            asyncio.run(run_cells(folder / transport, cells, chosen.strikes, progress.take))
+    if chosen.markdown is not None:
+        from matrix_report import markdown
+
+        chosen.markdown.write_text(markdown(progress.report))
+    say(f"{progress.num_problems} problems")
+    return 1 if progress.num_problems else 0
+
+
+def _is_chosen(cell: Cell, only: str) -> bool:
+    return not only or any(part.strip() in cell.name for part in only.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
