@@ -12,6 +12,8 @@ from baton_contracts.discovery.v1.instance_pb2 import Instance, TransportOffer
 from baton_engine.pool import BlockLayout
 from baton_handoff.transports import PoolMemory, choose, make_transports
 from baton_handoff.transports.base import MAX_OPERATION_BYTES, PullFailed, TransportUnavailable
+from baton_handoff.transports.nixl import NixlTransport
+from baton_handoff.transports.nixl_library import NixlMissing, load_nixl
 from baton_handoff.transports.operation import merge_runs
 from baton_handoff.transports.reslice import Reslice
 from baton_handoff.transports.shm import ShmTransport
@@ -31,8 +33,11 @@ class Worker:
         self.pool, self.memory = PoolMemory.allocate(num_blocks, layout, incarnation, directory=directory)
         rng = np.random.default_rng(num_blocks)
         self.pool.data[:] = rng.integers(0, 256, self.pool.data.shape, dtype=np.uint8)
+        listen = "127.0.0.1:0"
         self.transport = (
-            ShmTransport(self.memory, self.pool, directory) if kind == "shm" else TcpTransport(self.pool, incarnation, "127.0.0.1:0", "")
+            ShmTransport(self.memory, self.pool, directory)
+            if kind == "shm"
+            else {"tcp": TcpTransport, "nixl": NixlTransport}[kind](self.pool, incarnation, listen, "")
         )
 
     def instance(self) -> Instance:
@@ -44,8 +49,13 @@ class Worker:
         return await self.transport.open_peer(peer, peer.transports[0].parameters, secret, self.incarnation, reslice)
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp", "nixl"])
 def kind(request):
+    if request.param == "nixl":
+        try:
+            load_nixl()
+        except NixlMissing as missing:
+            pytest.skip(str(missing))
     return request.param
 
 

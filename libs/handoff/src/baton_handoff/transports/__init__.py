@@ -104,4 +104,4 @@ def _reason(name: str, better: Sequence[Candidate], against: Sequence[str]) -> s
         return "shm: same segment token"
     if against:
         return f"{name}: {'; '.join(against)}"
-    return f"{name}: fall-back of {better[-1].transport.name}" if better else f"{name}: the only one"
+    return f"{name}: fall-back of {better[-1].transport.name}" if better else f"{name}: the first that both offer"

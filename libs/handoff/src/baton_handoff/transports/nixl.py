@@ -158,7 +158,7 @@ class NixlTransport:
         given = msgspec.json.decode(parameters, type=_Parameters)
         reslice = unless_identity(reslice)
         if given.block_bytes != (expected := peer_block_bytes(self.pool, reslice)):
-            raise TransportUnavailable(NAME, f"the peer's blocks have {given.block_bytes} bytes, expected are {expected}")
+            raise TransportUnavailable(NAME, f"the peer's blocks have {given.block_bytes} bytes, expected {expected}")
         family, sockaddr = await self._resolve(given.address)
         target = Target(family, sockaddr, peer.incarnation, own_incarnation, pair_secret, given.num_blocks, given.block_bytes, reslice)
         opened = NixlPeer(self, target)
