@@ -4,6 +4,7 @@ import abc
 import asyncio
 import importlib.metadata
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import ClassVar, cast
 
 from baton_contracts.discovery.v1.instance_pb2 import Capability, Instance
@@ -71,7 +72,7 @@ class Worker(Service, abc.ABC):
         await discovery.start()
         self.closing.push_async_callback(discovery.close)  # 8: also takes the record out, if the drain has not
         made, engine = await self._open_engine()
-        transports = await self._open_transports(made)
+        transports = await open_transports(transports_of(config, self.name, made, self.incarnation), self.name, self.closing)
         server = self._server = GrpcServer(config.listen, config.advertise)
         handoffs = HandoffManager(
             engine=engine,
@@ -153,23 +154,26 @@ class Worker(Service, abc.ABC):
         self.closing.push_async_callback(engine.close)  # 6
         return made, engine
 
-    async def _open_transports(self, made: EngineMemory) -> list[Transport]:
-        """All that are asked for; nixl may be missing its hardware if there is another."""
-        opened = []
-        transports = transports_of(self.worker_config, self.name, made, self.incarnation)
-        for transport in transports:
-            self.closing.push_async_callback(transport.close)  # 5
-            try:
-                await transport.open()
-            except TransportUnavailable as error:
-                if transport.name == "nixl" and len(transports) > 1:
-                    log.warning("transport_left_out", why=str(error))
-                    continue
-                setting = "transfer_listen" if transport.name == "tcp" else "transports"
-                raise ConfigError(f"{self.name}.{setting}", str(error)) from error
-            opened.append(transport)
-        return opened
-
     def _run_tasks(self, core: WorkerCore) -> None:
         for work, name in ((core.run_engine(), "engine"), (core.run_clock(), "clock"), (core.stall_watch.run(), "stall watch")):
             self.closing.callback(self.tasks.create_task(work, name=name).cancel)
+
+
+async def open_transports(transports: Sequence[Transport], service: str, closing: AsyncExitStack) -> list[Transport]:
+    """Open all; nixl is left out, with a warning, if its hardware is missing and there is another. closing closes them.
+
+    Raises: ConfigError naming the service's setting.
+    """
+    opened = []
+    for transport in transports:
+        closing.push_async_callback(transport.close)
+        try:
+            await transport.open()
+        except TransportUnavailable as error:
+            if transport.name == "nixl" and len(transports) > 1:
+                log.warning("transport_left_out", why=str(error))
+                continue
+            setting = "transfer_listen" if transport.name == "tcp" else "transports"
+            raise ConfigError(f"{service}.{setting}", str(error)) from error
+        opened.append(transport)
+    return opened
