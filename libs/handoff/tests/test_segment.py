@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -180,3 +181,19 @@ def test_reader_does_not_hold_the_owners_lock(allocate, tmp_path):
     with opened_segment(memory.offer, tmp_path) as fd:
         memory.close()
         assert segment.try_lock(fd, fcntl.LOCK_EX)
+
+
+@pytest.mark.skipif(tuple(map(int, os.uname().release.split(".")[:2])) < (5, 14), reason="no MADV_POPULATE_WRITE")
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_first_write_to_a_block_costs_no_fault(allocate, shared):
+    num_blocks = (8 << 20) // LAYOUT.block_bytes
+    pool, _ = allocate(num_blocks, shared=shared)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    pool.data[:] = 1
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 100  # of 2048 pages
+
+
+def test_a_kernel_that_cannot_map_pages_ahead_maps_them_as_they_are_touched(allocate, monkeypatch):
+    monkeypatch.setattr(segment, "_MADV_POPULATE_WRITE", 9999)
+    pool, _ = allocate(5)
+    assert not pool.data.any()

@@ -23,6 +23,9 @@ import numpy as np
 from baton_engine.pool import BlockLayout, KvPool
 from baton_runtime.log import get_logger
 
+_MADV_POPULATE_WRITE = 23  # linux/mman.h; without a name in the module mmap
+_MAP_STEP_BYTES = 64 << 20  # the interpreter is held meanwhile
+
 log = get_logger(__name__)
 
 SHM_DIRECTORY = Path("/dev/shm")
@@ -95,6 +98,7 @@ class PoolMemory:
                 problem = str(error)
                 log.warning("kv_pool_not_shared", why=problem)
         memory = mmap.mmap(-1, num_blocks * layout.block_bytes)
+        _map_pages(memory)
         return _pool_over(memory, 0, num_blocks, layout), cls(None, problem, -1)
 
     @classmethod
@@ -106,6 +110,7 @@ class PoolMemory:
             offer = SegmentOffer(str(path), token, num_blocks, layout.block_bytes)
             _reserve(fd, directory, offer.file_bytes)
             memory = mmap.mmap(fd, offer.file_bytes)
+            _map_pages(memory)
             memory[: _HEADER.size] = _HEADER.pack(_MAGIC, token, num_blocks, layout.block_bytes)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -215,6 +220,18 @@ def _reserve(fd: int, directory: Path, num_bytes: int) -> None:
         if error.errno != errno.ENOSPC:
             raise
         raise SharedMemoryTooSmall(directory, num_bytes, free_bytes) from error
+
+
+def _map_pages(memory: mmap.mmap) -> None:
+    """Fill the page table now: the first write to each page, in the middle of a handoff, would cost a fault (2 MiB: 1 to 1.6 ms instead
+    of 0.1, measured 2026-11-21 on a virtual machine)."""
+    for start in range(0, len(memory), _MAP_STEP_BYTES):
+        try:
+            memory.madvise(_MADV_POPULATE_WRITE, start, min(_MAP_STEP_BYTES, len(memory) - start))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return  # a kernel before 5.14: pages are mapped as they are touched
 
 
 def _pool_over(memory: mmap.mmap, offset: int, num_blocks: int, layout: BlockLayout) -> KvPool:
