@@ -233,7 +233,8 @@ class Bench:
         """One per case and order."""
         num_bytes = self.num_blocks * self.dest.block_bytes
         rows = []
-        for (name, order), durations_s in sorted(self.durations_s.items(), key=lambda item: (item[0][1] != "scattered", 0)):
+        for order, name in ((order, name) for order in self.ids for name in self.cases):
+            durations_s = self.durations_s[name, order]
             kind = KINDS.get(name)
             baseline = kind.baseline if kind is not None else MEMCPY
             ratios = {base: self._ratio(base, name, order) for base in {MEMCPY, RAW, baseline}}

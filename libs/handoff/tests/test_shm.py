@@ -9,6 +9,7 @@ from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_engine.pool import BlockLayout
 from baton_handoff.transports import PoolMemory, shm
 from baton_handoff.transports.base import PullFailed, TransportUnavailable
+from baton_handoff.transports.reslice import Reslice
 from baton_handoff.transports.shm import ShmTransport
 
 LAYOUT = BlockLayout(num_layers=2, block_tokens=4, num_kv_heads=2, head_dim=32, dtype="float32")
@@ -118,6 +119,30 @@ async def test_drop_ends_a_running_copy_at_the_next_border_and_queued_ones_at_on
     # the copy at whose border the drop was noticed is whole; the rest is untouched
     assert not sink.pool.data[3].any()
     assert not sink.pool.data[10].any()
+
+
+async def test_drop_ends_a_resliced_copy_at_the_next_border(pair, monkeypatch):
+    source, sink, _ = pair
+    wide = BlockLayout(LAYOUT.num_layers, LAYOUT.block_tokens, LAYOUT.num_kv_heads, LAYOUT.head_dim, LAYOUT.dtype, num_shards=2)
+    reached, opened = threading.Event(), threading.Event()
+    copy = Reslice.copy
+
+    def gated(*args):
+        copy(*args)
+        reached.set()
+        assert opened.wait(10)
+
+    monkeypatch.setattr(Reslice, "copy", gated)
+    monkeypatch.setattr(shm, "MAX_COPY_BYTES", 2 * LAYOUT.block_bytes)
+    peer = await sink.open_peer(Instance(), source.offer(), b"", "d" * 16, Reslice(LAYOUT, wide))
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(failure(peer.pull([9, 7, 5, 3], [0, 1, 2, 3])))
+        assert await asyncio.to_thread(reached.wait, 10)
+        peer.drop()
+        opened.set()
+    assert "after 1 of 2 copies" in str(running.result())
+    assert sink.pool.data[:2].all()
+    assert not sink.pool.data[2:4].any()
 
 
 async def test_cancelled_pull_returns_only_when_nothing_writes_any_more(pair, monkeypatch):
