@@ -124,7 +124,10 @@ def _name(instance: discovery_pb.Instance) -> str:
 
 
 def _why(error: grpc.aio.AioRpcError | TimeoutError) -> str:
-    return "it is silent" if isinstance(error, TimeoutError) else from_rpc_error(error).message
+    if isinstance(error, TimeoutError):
+        return "it is silent"
+    message = from_rpc_error(error).message
+    return message.rpartition(": ")[2] if message.startswith("failed to connect") else message  # gRPC names the address three times
 
 
 async def run(etcd: str, namespace: str, request: pb.WatchHandoffsRequest, *, is_watch: bool, is_json: bool) -> None:

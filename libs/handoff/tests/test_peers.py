@@ -106,6 +106,18 @@ def test_new_introduction_makes_old_news_void(setup: Setup) -> None:
     assert not setup.fenced
 
 
+def test_hearing_the_peer_makes_old_news_void(setup: Setup) -> None:
+    watch = setup.link()
+    setup.peers.hinted("p1", "STREAM_BROKEN")
+    watch.heard(Beat(1), setup.now)
+    setup.later(0.05)
+    setup.peers.clients.clear()
+    setup.ticket()
+    setup.peers.clients["p1"].has_failed = True
+    setup.later(0.05)
+    assert not setup.fenced
+
+
 def test_lost_link_is_due_when_it_will_be_given_up(setup: Setup) -> None:
     assert setup.peers.next_due() == float("inf")
     setup.link().lost(setup.now)

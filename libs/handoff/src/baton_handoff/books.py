@@ -57,6 +57,8 @@ class _Stream:
             self.is_overrun = True
         elif event is not None:
             self.events.append(event)
+            if len(self.events) > 1:
+                return  # the one before has set the time
         elif peer_down is not None:
             self.peers_down.append(peer_down)
         self.wake.set()

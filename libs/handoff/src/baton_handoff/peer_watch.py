@@ -46,23 +46,23 @@ class PeerWatch:
         self._heard_at = now
         self._lost_at: float | None = None
         self._beat = Beat()
-        self._is_rumoured = False
+        self.is_rumoured = False  # somebody else says that the peer is dead, and it was not heard since
 
     def heard(self, beat: Beat, now: float) -> None:
         """A message arrived."""
         self._heard_at = now
         self._beat = beat
-        self._is_rumoured = False
+        self.is_rumoured = False
 
     def linked(self, now: float) -> None:
         """The link is up (again)."""
         self._heard_at = now
         self._lost_at = None
-        self._is_rumoured = False
+        self.is_rumoured = False
 
     def rumoured(self) -> None:
         """Somebody else says that the peer is dead; true until it is heard again."""
-        self._is_rumoured = True
+        self.is_rumoured = True
 
     def lost(self, now: float) -> None:
         """The link broke; the first break counts."""
@@ -86,7 +86,7 @@ class PeerWatch:
         if self._beat.running_step_age_s > max(self._times.fenced_s, 4 * self._beat.predicted_step_s):
             return PeerState.FENCED, FenceReason.STEP_STUCK
         if self._lost_at is not None or self.silent_s(now) >= self._times.suspect_s:
-            if self._is_rumoured:
+            if self.is_rumoured:
                 return PeerState.FENCED, FenceReason.STREAM_BROKEN
             return PeerState.SUSPECT, None
         return PeerState.OK, None

@@ -203,6 +203,8 @@ class Peers:
             self.fence_sink(incarnation, reason, is_news=False, cause=refused)
 
     def _judge_sink(self, incarnation: str, peer: SinkPeer, now: float) -> None:
+        if not peer.watch.is_rumoured:
+            self._rumours.pop(incarnation, None)  # heard since
         state, reason = peer.watch.judge(now)
         if reason is not None:
             self.fence_sink(incarnation, reason)
@@ -213,6 +215,8 @@ class Peers:
     def _judge_source(self, incarnation: str, client: PairClient, now: float) -> None:
         if client.watch is None:
             return self._judge_first_link(incarnation, client, now - client.created_at)
+        if not client.watch.is_rumoured:
+            self._rumours.pop(incarnation, None)  # heard since
         _, reason = client.watch.judge(now)
         if reason is not None:
             self.fence_source(incarnation, FailureCause.PEER_FENCED, reason)
