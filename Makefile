@@ -10,11 +10,12 @@ HANDOFF_BENCHES := $(addprefix bench/,handoff_transports.py handoff_latency.py b
 
 # make up MODEL=folder UP="--engine sim --profile instant --port 9000"
 UP ?=
+SOAK ?=
 MODEL ?=
 FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-slow test-faults test-alone check format lint types proto proto-check \
+.PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
 	bench-handoff ci clean
 
 help: ## show this text
@@ -50,6 +51,10 @@ test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (abou
 
 test-faults: $(VENV)/.ready ## the whole fault matrix, as root (about two hours; FAULTS="--transports shm"); writes docs/faults.md
 	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
+
+soak: $(VENV)/.ready ## 100,000 handoffs under random faults; writes build/soak.json (SOAK="--seed 1 --handoffs 1000")
+	@mkdir -p build
+	$(BIN)/python tests/load/soak.py --json build/soak.json $(SOAK)
 
 test-alone: $(VENV)/.ready ## build each service from its declared dependencies alone and run its tests there
 	$(BIN)/python tests/alone/build_alone.py
