@@ -8,12 +8,15 @@ Each field is struck until every state of the two state machines was hit, at mos
 import argparse
 import asyncio
 import json
+import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import structlog
 
 if __name__ == "__main__":  # pytest adds these itself
     REPOSITORY = Path(__file__).parents[2]
@@ -25,8 +28,9 @@ from history import STATES
 from hosts import why_not
 from strike import House, Result, open_house
 
+State = tuple[str, str]  # side and state
 # The rare ones are waited for first: the others are there anyway.
-RARE = [
+_RARE = [
     ("sink", "draining"),
     ("source", "fetching"),
     ("source", "offered"),
@@ -34,12 +38,13 @@ RARE = [
     ("sink", "moving"),
     ("sink", "pulling"),
 ]
+RAREST_FIRST: list[State] = [*_RARE, *(state for state in STATES if state not in _RARE)]
 
 
-async def run_cell(house: House, cell: Cell, most: int) -> list[Result]:
-    """Strike until every state was hit, at most so many times; each strike waits for a state that is missing."""
+async def run_cell(house: House, cell: Cell, states: Sequence[State], most: int) -> list[Result]:
+    """Strike until every one of these states was hit, at most so many times; each strike waits for one that is missing."""
     results: list[Result] = []
-    missing = [*RARE, *(state for state in STATES if state not in RARE)]
+    missing = list(states)
     while missing and len(results) < most:
         target = missing.pop(0)
         result = await house.strike(cell, target)
@@ -51,23 +56,34 @@ async def run_cell(house: House, cell: Cell, most: int) -> list[Result]:
 
 
 async def run_cells(
-    folder: Path, cells: Sequence[Cell], most: int, on_results: Callable[[Cell, list[Result]], None], *, on_hosts: bool = True
+    folder: Path,
+    cells: Sequence[tuple[Cell, Sequence[State]]],
+    most: int,
+    on_results: Callable[[Cell, list[Result]], None],
+    *,
+    on_hosts: bool = True,
 ) -> None:
-    """Cells of one transport, in one house; a new one after a problem, so that no field spoils the next."""
+    """Cells of one transport with the states to be hit, in one house; a new one after a problem, so that no field spoils the next."""
     model, left, number = roomy_model(folder / "model"), list(cells), 0
     while left:
         number += 1
-        async with open_house(folder / f"house-{number}", model, left[0].transport, on_hosts=on_hosts) as house:
+        async with open_house(folder / f"house-{number}", model, left[0][0].transport, on_hosts=on_hosts) as house:
             while left:
-                cell = left.pop(0)
+                cell, states = left.pop(0)
                 try:
-                    results = await run_cell(house, cell, most)
+                    results = await run_cell(house, cell, states, most)
                 except* AssertionError as group:  # what the harness waited for has not come: as bad as a broken law
-                    why = "; ".join(str(error) for error in group.exceptions)
+                    why = "; ".join(_messages(group))
                     results = [Result(cell.name, cell.transport, cell.fault.name, list(cell.victims), problems=[f"not judged: {why}"])]
                 on_results(cell, results)
                 if results[-1].problems:
                     break
+
+
+def _messages(error: BaseException) -> list[str]:
+    if isinstance(error, BaseExceptionGroup):
+        return [message for inner in error.exceptions for message in _messages(inner)]
+    return [str(error)]
 
 
 class Progress:
@@ -122,6 +138,7 @@ def main() -> int:
     if problem := why_not():
         say(f"the fault matrix cannot run here: {problem}")
         return 2
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     by_transport = {
         transport: [c for c in all_cells(transport) if _is_chosen(c, chosen.only)] for transport in chosen.transports.split(",")
     }
@@ -129,7 +146,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="baton-faults-") as temporary:
         folder = chosen.folder or Path(temporary)
         for transport, cells in by_transport.items():
-            asyncio.run(run_cells(folder / transport, cells, chosen.strikes, progress.take))
+            asyncio.run(run_cells(folder / transport, [(cell, RAREST_FIRST) for cell in cells], chosen.strikes, progress.take))
     if chosen.markdown is not None:
         from matrix_report import markdown
 
