@@ -1,6 +1,6 @@
 """How long a handoff keeps a request waiting, between real processes: etcd, kvtransfer, a sim prefill and a sim decode worker.
 
-    python bench/handoff_latency.py [--transport shm,tcp] [--requests 300] [--rounds 1] [--out bench/results]
+    python bench/handoff_latency.py [--transport shm,tcp,nixl] [--requests 300] [--rounds 1] [--out bench/results]
 
 For each transport, three loads, spoken straight to the workers as a frontend would:
 
@@ -35,6 +35,7 @@ from baton_cli.processes import Child
 from baton_contracts.discovery.v1 import instance_pb2 as discovery_pb
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_contracts.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from baton_handoff.transports.nixl_library import NixlMissing, load_nixl
 from baton_runtime.discovery import Discovery, View
 from baton_runtime.rpc import open_channel
 from baton_runtime.testing import EtcdProcess
@@ -318,13 +319,22 @@ def table(results: Sequence[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def available() -> str:
+    """The transports to measure unless told: nixl where it is installed."""
+    try:
+        load_nixl()
+    except NixlMissing:
+        return "shm,tcp"
+    return "shm,tcp,nixl"
+
+
 _PAIRS = ("announce_to_confirm_ms", "exposed_ms", "exposed_minus_link_ms", "known_to_decode_minus_link_ms")
 
 
 async def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transport", default="shm,tcp", help="shm, tcp or nixl; several with commas")
+    parser.add_argument("--transport", default=available(), help="shm, tcp or nixl; several with commas")
     parser.add_argument("--requests", type=int, default=300, help="of each load")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs; else they are thrown away")

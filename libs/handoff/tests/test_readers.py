@@ -213,6 +213,24 @@ def test_nothing_is_announced_to_a_sink_whose_link_is_down_and_all_once_it_is_ba
     crowd.world.settle()
 
 
+def test_a_suspect_sink_is_announced_nothing_until_it_is_heard_again() -> None:
+    crowd = Crowd(max_readers_per_sink=2)
+    d = crowd.world.processes["d0"].incarnation
+    crowd.ready("d0")
+    crowd.pull("d0")
+    crowd.world.submit("r9", (9, 2, 3, 4, 5))
+    crowd.world.place("r9", "p0", "d0")
+    crowd.arrive()
+    crowd.exchange("d0")
+    crowd.world.perform(crowd.p, crowd.p.source.suspect(d, True, crowd.world.now))
+    crowd.step()
+    crowd.step()
+    assert crowd.announced() == []
+    crowd.world.perform(crowd.p, crowd.p.source.suspect(d, False, crowd.world.now))
+    assert crowd.announced() == ["r9"]
+    crowd.world.settle()
+
+
 def test_max_readers_is_never_exceeded_and_always_used_in_a_busy_history() -> None:
     draw, crowd, seen = random.Random(7), Crowd(), set()
     for number in range(60):
