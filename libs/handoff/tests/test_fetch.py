@@ -183,6 +183,24 @@ async def test_path_that_fails_leaves_prefill_to_compute(three: Three) -> None:
     await three.quiet()
 
 
+async def test_source_that_failed_is_left_alone_for_a_while(three: Three, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every request would wait in turn for a source that cannot be reached."""
+    three.network.is_broken = True
+    three.p1.fetch("first", TURN_1, three.p0)
+    await wait_until(lambda: "first" in three.p1.fetch_ends)
+    three.network.is_broken = False
+    three.p1.fetch("second", TURN_1, three.p0)
+    assert three.p1.fetch_ends["second"] == FetchEnd(FetchOutcome.NO_SOURCE)
+    monkeypatch.setattr("baton_handoff.fetches.BARRED_S", 0.0)
+    three.network.is_broken = True
+    three.p1.fetch("other", TURN_1, three.d)
+    await wait_until(lambda: "other" in three.p1.fetch_ends)
+    three.network.is_broken = False
+    three.p1.fetch("again", TURN_1, three.d)
+    await wait_until(lambda: "again" in three.p1.fetch_ends)
+    assert three.p1.fetch_ends["again"].outcome is FetchOutcome.FETCHED
+
+
 async def test_cancel_while_fetching_frees_both_sides(three: Three) -> None:
     three.network.hold()
     three.turn_2()

@@ -1,4 +1,4 @@
-"""Every walk of a fetch (docs/handoff.md, section 6), against the real books. Names state the outcome."""
+"""Every walk of a fetch (docs/handoff.md, section 9), against the real books. Names state the outcome."""
 
 import pytest
 from baton_engine.api import SequenceKey

@@ -1,7 +1,7 @@
 """The sink's side of every fetch of this worker: a plain state machine, events in, actions out.
 
 States: waiting (for the link) -> asked -> pulling -> over, by way of draining if an operation of ours still runs (docs/handoff.md,
-section 2). A waiting one holds no block; an asked one has reserved its blocks before it asks. They belong to the fetch, not to the
+section 9). A waiting one holds no block; an asked one has reserved its blocks before it asks. They belong to the fetch, not to the
 sequence it is for: what is confirmed is published, and found by the sequence in the prefix cache; the rest is free again. So a
 fetch may end at any time, for any reason, and leave the sequence no worse than before.
 """

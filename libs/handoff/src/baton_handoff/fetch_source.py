@@ -1,6 +1,6 @@
 """The source's side of every fetch of this worker: which of its cached blocks are pinned for whom. A plain state machine.
 
-States: pinned -> over (docs/handoff.md, section 2). A fetch takes no block from anybody and waits for nothing: it is answered at once,
+States: pinned -> over (docs/handoff.md, section 9). A fetch takes no block from anybody and waits for nothing: it is answered at once,
 from the cache as it is. Pins are dropped as the sink confirms, and all of them when anything goes wrong.
 """
 

@@ -1,6 +1,6 @@
 """Both fetch books of a worker, and who waits for each fetch: the part of the manager that is about fetches.
 
-Used twice (docs/handoff.md, section 6): by a handoff's source whose sink, or another instance, has more of the prefix (`StartFetch`),
+Used twice (docs/handoff.md, section 9): by a handoff's source whose sink, or another instance, has more of the prefix (`StartFetch`),
 and by the worker before it starts a whole request (`HandoffManager.start_fetch`).
 """
 
@@ -26,6 +26,11 @@ from baton_handoff.peers import Peers
 from baton_handoff.spans import PullTotals, is_sampled
 from baton_handoff.tag import KvShape
 from baton_handoff.transports.base import PullStats
+
+# A source whose fetch did not come in time or broke off is not asked again for so long, or every request would wait for it in turn;
+# as the router bars a pair without a path.
+BARRED_S = 10.0
+_BARRING = (FetchOutcome.FENCED, FetchOutcome.PULL_FAILED, FetchOutcome.TIMEOUT, FetchOutcome.DATA_LOSS)
 
 log = get_logger(__name__)
 
@@ -60,10 +65,18 @@ class _Waiter:
 
 
 class Fetches:
-    """All its own state: `_waiters` by identity of the fetch. The books and the policy have theirs."""
+    """All its own state: `_waiters` by identity of the fetch, `_barred`, until when a source is not asked. The books and the policy
+    have theirs."""
 
     def __init__(
-        self, blocks: BlockManager, shape: KvShape, config: HandoffConfig, peers: Peers, metrics: FetchMetrics, tracer: Tracer
+        self,
+        blocks: BlockManager,
+        shape: KvShape,
+        config: HandoffConfig,
+        peers: Peers,
+        metrics: FetchMetrics,
+        tracer: Tracer,
+        clock: Callable[[], float],
     ) -> None:
         self.source = FetchSourceBook(blocks, shape, config)
         self.sink = FetchSinkBook(blocks, shape, config)
@@ -73,7 +86,9 @@ class Fetches:
         self._peers = peers
         self._metrics = metrics
         self._tracer = tracer
+        self._clock = clock
         self._waiters: dict[HandoffKey, _Waiter] = {}
+        self._barred: dict[str, float] = {}
 
     def num_live(self) -> int:
         """Fetches that are not over, both sides."""
@@ -89,8 +104,9 @@ class Fetches:
 
     def is_wanted(self, incarnation: str, num_tokens: int) -> bool:
         """Whether that many leading tokens beyond our own cache should be fetched from there: it can be done, and is worth it."""
-        own = incarnation == self._shape.incarnation
-        return not own and self.policy.is_worth(incarnation, num_tokens) and self._peers.may_fetch_from(incarnation)
+        if incarnation == self._shape.incarnation or self._barred.get(incarnation, 0.0) > self._clock():
+            return False
+        return self.policy.is_worth(incarnation, num_tokens) and self._peers.may_fetch_from(incarnation)
 
     def key(self, request: EngineRequest) -> HandoffKey:
         """Identity of the one fetch an attempt may make here."""
@@ -148,6 +164,10 @@ class Fetches:
     def ended(self, action: FetchEnded) -> None:
         """Tell who waits."""
         waiter, end = self._waiters.pop(action.key), action.end
+        if end.outcome in _BARRING:
+            now = self._clock()
+            self._barred = {source: until for source, until in self._barred.items() if until > now}
+            self._barred[waiter.peer.incarnation] = now + BARRED_S
         self._metrics.ended(end)
         waiter.on_end(end)
         self._emit(action.key, waiter, end)

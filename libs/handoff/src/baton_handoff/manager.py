@@ -158,7 +158,7 @@ class HandoffManager:
         own = self._own()
         shape = KvShape(own.incarnation, own.model.fingerprint, self._layout, own.model.hash_block_tokens)
         layout_of = self.introductions.layout_of
-        self._fetches = Fetches(self._engine.blocks, shape, self._config, self._peers, self._fetch_metrics, self._tracer)
+        self._fetches = Fetches(self._engine.blocks, shape, self._config, self._peers, self._fetch_metrics, self._tracer, self._clock)
         self._source = SourceBook(self._engine.blocks, shape, self._config, layout_of, self._fetches.is_wanted)
         self._sink = SinkBook(self._engine.blocks, shape, self._config, layout_of)
         self._last_tick = self._clock()
