@@ -54,7 +54,9 @@ class History:
         self._offsets: dict[str, int] = {}
         self._lives: dict[str, str] = {}  # instance -> newest incarnation
         self.names: dict[str, str] = {}  # incarnation -> instance
-        self._tracks: dict[tuple[str, str, int, str], Track] = {}  # life, request, attempt, side (and peer's for a fetch)
+        self._tracks: dict[tuple[str, str, int, str], Track] = {}  # by life, request, attempt, side
+        self._steps: dict[str, list[float]] = {}  # instance -> when its steps ended
+        self._wrote: dict[str, list[float]] = {}  # instance -> when it wrote something
 
     def read(self) -> None:
         """Take in all lines that are complete."""
@@ -71,6 +73,8 @@ class History:
         """Drop tracks that are over, and those of the dead."""
         live = {place: track for place, track in self._tracks.items() if self.is_last_life(track)}
         self._tracks = {place: track for place, track in live.items() if track.at(track.times[-1]) != (OVER, 0)}
+        self._steps.clear()
+        self._wrote.clear()
 
     def tracks(self, of: Callable[[Track], bool]) -> Iterator[Track]:
         """Those that concern somebody."""
@@ -86,6 +90,17 @@ class History:
         """Whether that worker has not been started again since."""
         return self._lives[track.instance] == track.life
 
+    def first_sign(self, instance: str, since: float) -> float | None:
+        """When that worker wrote anything for the first time since then."""
+        times = self._wrote.get(instance, [])
+        index = bisect_right(times, since)
+        return times[index] if index < len(times) else None
+
+    def num_steps(self, instance: str, start: float, end: float) -> int:
+        """Steps that ended in (start, end]."""
+        times = self._steps.get(instance, [])
+        return bisect_right(times, end) - bisect_right(times, start)
+
     def counts(self, t: float, of: Callable[[Track], bool]) -> Counter[tuple[str, str]]:
         """Handoffs by side and state at an instant."""
         found = Counter((track.side, track.at(t)[0]) for track in self.tracks(of))
@@ -95,6 +110,10 @@ class History:
         if "life" in line:
             self._lives[instance] = line["life"]
             self.names[line["life"]] = instance
+            return
+        self._wrote.setdefault(instance, []).append(line["t"])
+        if "step" in line:
+            self._steps.setdefault(instance, []).append(line["t"])
             return
         place = (self._lives[instance], line["request"], line["attempt"], line["side"])
         track = self._tracks.get(place)

@@ -26,7 +26,8 @@ from cluster import roomy_model
 from fault_kinds import Cell, all_cells
 from history import STATES
 from hosts import why_not
-from strike import House, Result, open_house
+from judge import Result
+from strike import House, open_house
 
 State = tuple[str, str]  # side and state
 # The rare ones are waited for first: the others are there anyway.

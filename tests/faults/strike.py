@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -16,16 +15,17 @@ from cluster import Cluster, cluster, until
 from fault_kinds import Cell, is_worker
 from history import History, Track
 from hosts import Hosts
+from judge import LAW_2_S, Result, judge_blocks
 from load import Kind, Load, Oracle, Tally
 
-LAW_2_S = 5.0
 WATCHED_S = 6.0  # from the strike, if it is mended by then
 DRAIN_LIMIT_S = 40.0
 READY_LIMIT_S = 20.0
 STATE_LIMIT_S = 6.0
 SAMPLE_S = 0.2
-# A woken process lets go within one step of waking (law 2), of at most 250 ms; and 50 ms, as in law 6.
-WAKE_S = 0.25 + 0.05
+FENCES = "baton_handoff_fences_total"
+# Attempts that ended because there was no room; that is nobody's fault.
+MADE_WAY = ('baton_attempts_total{outcome="preempted"', 'baton_attempts_total{outcome="refused"')
 
 PROFILE = """
 description = "half a millisecond per prompt token, blocks of 64 KiB: work is on its way long enough to be hit"
@@ -53,28 +53,6 @@ ENVIRONMENT = {
     "BATON_DECODE_LOG_LEVEL": "debug",
 }
 WATCHED_WORKER = str(Path(__file__).parent / "watched_worker.py")
-
-
-@dataclass
-class Result:
-    """What came of one strike. Times in seconds from the strike; states: handoffs concerned at that instant, by side and state."""
-
-    cell: str
-    transport: str
-    fault: str
-    victims: list[str]
-    target: str = ""  # side and state the strike waited for
-    is_target_hit: bool = False
-    states: dict[str, int] = field(default_factory=dict)
-    num_held: int = 0  # of them, sides that held blocks and live on
-    free_s: float | None = None  # until the last of those was free; None: there was none, or nobody had to let go
-    woken_free_s: float | None = None  # from the waking of a stopped one until it held nothing it had held before
-    fences: int = 0
-    requests: dict[str, int] = field(default_factory=dict)
-    max_stranded_bytes: float = 0.0
-    max_mismatch_bytes: float = 0.0
-    settled_s: float = 0.0  # from the end of the load
-    problems: list[str] = field(default_factory=list)
 
 
 class House:
@@ -105,7 +83,7 @@ class House:
         result.problems += await self._settled(result)
         result.settled_s = round(time.monotonic() - ended, 3)
         self.history.read()
-        self._judge_blocks(cell, result, t0, t_mended)
+        judge_blocks(self.history, cell, result, t0, t_mended)
         self._judge_requests(cell, result, load.tally)
         self._judge_counters(cell, result, before, await self._counters())
         self.history.forget()
@@ -243,7 +221,7 @@ class House:
 
     async def _counters(self) -> dict[str, dict[str, float]]:
         """By instance, what only rises."""
-        wanted = ("baton_handoff_fences_total", "baton_handoff_data_loss_total", 'baton_attempts_total{outcome="engine_error"')
+        wanted = (FENCES, "baton_handoff_data_loss_total", 'baton_attempts_total{outcome="engine_error"', *MADE_WAY)
         found = {}
         for name, child in self.cluster.children.items():
             if is_worker(name) and child.is_running:
@@ -259,55 +237,6 @@ class House:
             return [str(error)]
         return []
 
-    def _judge_blocks(self, cell: Cell, result: Result, t0: float, t_mended: float) -> None:
-        """Law 2: what was held for somebody who is out of reach is free within 5 s on every live side."""
-        if cell.fault.is_short:
-            return
-        is_frontend = any(victim.startswith("frontend") for victim in cell.victims)
-        for track in self.history.tracks(lambda track: self._must_let_go(cell, track)):
-            held_at = track.holds_in(t0, min(t_mended, t0 + LAW_2_S))
-            if held_at is None:
-                continue
-            also_decoding = is_frontend or (cell.fault.is_partition and cell.victims == (track.instance,))
-            since = held_at
-            if track.at(held_at)[0] == "decoding" and not also_decoding:
-                continue
-            result.num_held += 1
-            free_at = track.free_at(since, also_decoding=also_decoding)
-            took = None if free_at is None else round(free_at - t0, 3)
-            if took is None or took > LAW_2_S:
-                state, held = track.at(since)
-                result.problems.append(
-                    f"{track.instance} held {held} blocks ({track.side} {state}, request {track.request}) for {took} s after the strike"
-                )
-            if took is not None:
-                result.free_s = max(result.free_s or 0.0, took)
-        if cell.fault.is_stop:
-            self._judge_woken(cell, result, t_mended)
-
-    def _must_let_go(self, cell: Cell, track: Track) -> bool:
-        """Whether a live side has lost its other side, or its frontend, for good."""
-        one, other = track.instance, self.history.peer(track)
-        if not self.history.is_last_life(track) or (one in cell.victims and not cell.fault.is_partition):
-            return False  # dead, or judged when it wakes
-        lost = [victim for victim in cell.victims if victim.startswith("frontend")]
-        if lost:
-            return (cell.fault.is_kill or cell.fault.is_partition) and (len(cell.victims) == 1 or one in cell.victims)
-        return cell.severs(one, other) and all(is_worker(victim) for victim in cell.victims)
-
-    def _judge_woken(self, cell: Cell, result: Result, t_woken: float) -> None:
-        """A woken worker was given up by everybody: what it held is free within one step."""
-        for track in self.history.tracks(lambda track: track.instance in cell.victims):
-            if not track.at(t_woken)[1]:
-                continue
-            free_at = track.free_at(t_woken, also_decoding=True)
-            took = None if free_at is None else round(free_at - t_woken, 3)
-            if took is None or took > WAKE_S:
-                state, held = track.at(t_woken)
-                result.problems.append(f"{track.instance} still held {held} blocks ({track.side} {state}) {took} s after waking")
-            if took is not None:
-                result.woken_free_s = max(result.woken_free_s or 0.0, took)
-
     def _judge_requests(self, cell: Cell, result: Result, tally: Tally) -> None:
         """Law 1 and 3: every request has one ending, and no token is wrong, missing or repeated."""
         result.requests = dict(tally.count())
@@ -317,8 +246,6 @@ class House:
             result.problems += [f"request {outcome.how}: {outcome.detail} ({outcome.kind})" for outcome in bad[:5]]
         ends = Counter(self._finished_requests())
         result.problems += [f"request {request} ended {count} times" for request, count in ends.items() if count > 1]
-        if cell.fault.is_short and cell.fault.is_stop and result.requests.get("resumed"):
-            result.problems.append(f"{result.requests['resumed']} requests were resumed though nothing had to be given up")
 
     def _finished_requests(self) -> Iterator[str]:
         """Ids in the frontend's canonical lines since the last call."""
@@ -332,14 +259,19 @@ class House:
                 yield json.loads(line)["request_id"]
 
     def _judge_counters(self, cell: Cell, result: Result, before: dict, after: dict) -> None:
+        num_made_way = 0
         for name, counts in after.items():
             if cell.fault.is_kill and name in cell.victims:
                 continue
             rise = {what: value - before.get(name, {}).get(what, 0.0) for what, value in counts.items()}
-            result.fences += int(rise.pop("baton_handoff_fences_total"))
+            result.fences += int(rise.pop(FENCES))
+            num_made_way += int(sum(rise.pop(what) for what in MADE_WAY))
             result.problems += [f"{name}: {what} rose by {value:g}" for what, value in rise.items() if value]
-        if cell.fault.is_short and cell.fault.is_stop and result.fences:
-            result.problems.append(f"{result.fences} peers were fenced though nobody was silent for 2 s")
+        if cell.fault.is_short and cell.fault.is_stop:
+            if result.fences:
+                result.problems.append(f"{result.fences} peers were fenced though nobody was silent for 2 s")
+            if result.requests["resumed"] > num_made_way:
+                result.problems.append(f"{result.requests['resumed']} requests were resumed, {num_made_way} of them for lack of room")
 
 
 @asynccontextmanager
@@ -352,6 +284,7 @@ async def open_house(folder: Path, model: Path, transport: str, *, on_hosts: boo
     watched.mkdir()
     environment = {
         **ENVIRONMENT,
+        **({"UCX_NET_DEVICES": "inside"} if on_hosts else {}),
         "BATON_PREFILL_TRANSPORTS": transport,
         "BATON_DECODE_TRANSPORTS": transport,
         "BATON_WATCHED_FOLDER": str(watched),

@@ -9,8 +9,8 @@ import fault_kinds as f
 import pytest
 from fault_kinds import Cell
 from hosts import why_not
+from judge import Result
 from matrix import run_cells
-from strike import Result
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -3,8 +3,9 @@
     python watched_worker.py prefill|decode, with BATON_WATCHED_FOLDER in the environment
 
 <folder>/<instance>.jsonl gets a line whenever the state of a handoff changes here, or the number of blocks that are held for it, as the
-block manager counts: what is left in the table or pinned after the handoff is over counts too. Times are of CLOCK_MONOTONIC, which all
-processes of a machine share, and the file outlives a SIGKILL: what held whom at any instant can be told afterwards.
+block manager counts: what is left in the table or pinned after the handoff is over counts too; and one whenever a step ends. Times are of
+CLOCK_MONOTONIC, which all processes of a machine share, and the file outlives a SIGKILL: what held whom at any instant can be told
+afterwards.
 
 SIGUSR1 arms: <folder>/<instance>.arm names a side, a state and peers; as soon as a handoff with one of them is in it, the process sends
 itself SIGSTOP, before anything it would say about it has left. SIGUSR2 disarms.
@@ -66,6 +67,7 @@ class WatchedManager(HandoffManager):
 
     def on_output(self, output: StepOutput) -> None:
         """See HandoffManager."""
+        self._write({"step": output.step})
         super().on_output(output)
         ended = {end.key for end in output.ends}
         for key in [key for key in self._decoding if key.sequence in ended]:
