@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from baton_engine.pool import KvPool
-from baton_handoff.transports.nixl_library import load_nixl
+from baton_handoff.transports.nixl_library import engine_config, load_nixl
 
 Settings = tuple[tuple[str, str], ...]  # of UCX, without UCX_
 _HOT, _CALM = b"1", b"0"
@@ -24,7 +24,7 @@ def make_agent(name: str, pool: KvPool, settings: Settings) -> Any:
     """An agent without progress thread, the pool registered."""
     api = load_nixl().api
     agent = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=False, backends=[]))
-    agent.create_backend("UCX", {"engine_config": ",".join(f"{name}={value}" for name, value in settings)} if settings else {})
+    agent.create_backend("UCX", {"engine_config": engine_config(emulation=True, settings=settings)})
     agent.register_memory([(pool.place.address, pool.place.num_bytes, 0, "")], "DRAM")
     return agent
 

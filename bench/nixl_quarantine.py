@@ -11,9 +11,11 @@ goes on letting UCX work for half a second. Blocks that differ from the sentinel
     remove    releases the transfer and removes the remote agent
     destroy   ends its own agent
 
-The other way round, a reader is killed, or ends its agent, in the middle of reading from a source that runs. "source died" counts
-sources that did not survive. Both with UCX's own choice of transports (between processes of a host: reads by the kernel, "cma") and
-with UCX_TLS=tcp, where UCX emulates reads: the source's software sends the bytes. Runs on nixl's Python API alone, without Baton.
+The other way round, a reader is killed, stopped and killed, or ends its agent, in the middle of reading from a source that runs.
+"source died" counts sources that did not survive.
+
+Both with UCX's own choice of transports (between processes of a host: reads by the kernel, "cma") and with UCX_TLS=tcp, where UCX
+emulates reads: the source's software sends the bytes. Runs on nixl's Python API alone, without Baton.
 """
 
 import argparse
@@ -40,6 +42,7 @@ os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
 os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
 if not Path("/sys/class/infiniband").is_dir():
     os.environ.setdefault("UCX_MODULES", "^ib")
+    os.environ.setdefault("UCX_NET_DEVICES", "lo")  # other interfaces may come and go meanwhile
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +97,7 @@ class Reader:
     """An agent of this process with a source's pool prepared."""
 
     def __init__(self, pool: Pool, metadata: bytes, address: int) -> None:
+        self.pool = pool  # stays mapped as long as it may be written
         self.agent = make_agent(f"reader-{os.getpid()}-{random.getrandbits(40)}", pool)
         self.remote = self.agent.add_remote_agent(metadata)
         row = lambda start: np.array([[start, BLOCK_BYTES, 0, BLOCK_BYTES, NUM_BLOCKS]], np.uint64)  # noqa: E731
@@ -122,8 +126,11 @@ class Reader:
 
     def warm_up(self) -> None:
         """Have UCX connect."""
-        if self.post(4) == "PROC" and self.wait(5.0) != "DONE":
-            raise RuntimeError("the source cannot be read")
+        state = self.post(4)
+        if state == "PROC":
+            state = self.wait(20.0)
+        if state != "DONE":
+            raise RuntimeError(f"the source cannot be read: {state}")
         self.transfer.release()
 
     def give_up(self, way: str) -> None:
@@ -137,6 +144,10 @@ class Reader:
         if way == "destroy":
             self.transfer = self.here = self.there = self.agent = None
             gc.collect()
+
+
+class ReaderFailed(Exception):
+    """A reader's process did not get to read."""
 
 
 class Source:
@@ -191,24 +202,22 @@ def serve() -> None:
     os._exit(0)
 
 
-def read_once(way: str, delay_s: float) -> None:
-    """A reader's process: reads from the source on its standard input, and is gone delay_s after it began."""
+def read_on(way: str) -> None:
+    """A reader's process: reads all the time from the source on its standard input; told so, it gives up in the middle."""
     metadata, address = json.loads(sys.stdin.readline())
     reader = Reader(make_pool(SENTINEL), base64.b64decode(metadata), address)
     reader.warm_up()
-    if way == "kill":
-        threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        while True:
-            reader.post()
-            reader.wait(5.0)
-    began_s = time.monotonic()
-    while time.monotonic() < began_s + delay_s:
-        reader.post()
-        reader.wait(began_s + delay_s - time.monotonic())
-    state = reader.look()
+    told = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
+    print("reading", flush=True)
+    state = ""
+    while not told.is_set():
+        state = reader.post()
+        while state == "PROC" and not told.is_set():
+            state = reader.look()
     reader.give_up(way)
     print(state, flush=True)
-    time.sleep(WATCH_S)
+    sys.stdin.readline()
     os._exit(0)
 
 
@@ -251,14 +260,30 @@ def stopped_source(case: Case, dest: Pool, source: Source, rng: random.Random) -
 
 def leaving_reader(case: Case, source: Source, rng: random.Random) -> None:
     """One trial of a reader that goes while it reads."""
-    way = "kill" if case.way == "killed" else "destroy"
-    command = [sys.executable, __file__, "--read", way, str(rng.uniform(0.001, 0.03))]
-    done = subprocess.run(command, input=source.line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    reader = subprocess.Popen([sys.executable, __file__, "--read", case.way], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    reader.stdin.write(source.line)
+    reader.stdin.flush()
+    if reader.stdout.readline() != b"reading\n":
+        raise ReaderFailed(f"the reader ended with {reader.wait()} before it could read")
+    time.sleep(rng.uniform(0.001, 0.05))
+    if case.way == "destroy":
+        reader.stdin.write(b"\n")
+        reader.stdin.flush()
+        case.unfinished += reader.stdout.readline().strip() == b"PROC"
+    else:
+        if case.way == "stopped, killed":  # what is under way fills the buffers between the two
+            reader.send_signal(signal.SIGSTOP)
+            time.sleep(0.1)
+        reader.kill()
+        case.unfinished += 1
     case.trials += 1
-    case.unfinished += done.stdout.strip() in (b"", b"PROC")  # b"": killed
     ends_s = time.monotonic() + WATCH_S
     while time.monotonic() < ends_s and not source.has_died():
         time.sleep(0.01)
+    reader.kill()
+    reader.wait()
     case.source_died += source.has_died()
 
 
@@ -272,12 +297,17 @@ def measure(transports: str, num_trials: int) -> list[Case]:
             for _ in range(num_trials):
                 with living_source(kept) as source:
                     stopped_source(case, dest, source, rng)
-    for way in ("killed", "destroy"):
+    for way in ("killed", "stopped, killed", "destroy"):
         case = Case(transports, "reader leaves in the middle", way)
         cases.append(case)
-        for _ in range(num_trials):
-            with living_source(kept) as source:
+        while case.trials < num_trials:
+            source = Source()  # a new one each time: what the dead leave behind in it is not the question here
+            try:
                 leaving_reader(case, source, rng)
+            except ReaderFailed as error:
+                print(f"not counted: {error}", file=sys.stderr)
+            finally:
+                source.end()
     for source in kept:
         source.end()
     return cases
@@ -328,6 +358,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve()
     elif sys.argv[1:2] == ["--read"]:
-        read_once(sys.argv[2], float(sys.argv[3]))
+        read_on(sys.argv[2])
     else:
         main()

@@ -1,12 +1,15 @@
-"""A port that peers connect to: a thread for each connection, and the secrets by which peers are known."""
+"""A port that peers connect to: a thread for each connection, and the secrets by which peers are known; and its address."""
 
+import asyncio
 import hmac
 import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from baton_runtime.log import get_logger
+from baton_runtime.rpc import split_address
 
 from baton_handoff.transports import tcp_wire as wire
 from baton_handoff.transports.base import TransportUnavailable
@@ -126,3 +129,16 @@ class PairListener:
                 sock.close()
             else:
                 self._start_thread(self._serve, sock, self._name)
+
+
+async def resolved(address: str, transport: str, limit_s: float) -> tuple[int, tuple[Any, ...]]:
+    """Address family and socket address of host:port. Asked for once, when a peer is opened: a name server that hangs must not hold
+    a pull's blocks. Raises: TransportUnavailable.
+    """
+    host, port = split_address(address)
+    try:
+        async with asyncio.timeout(limit_s):
+            found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, TimeoutError) as error:
+        raise TransportUnavailable(transport, f"cannot resolve {address}: {error}") from error
+    return found[0][0], found[0][4]

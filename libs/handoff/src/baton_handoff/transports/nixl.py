@@ -7,10 +7,9 @@ nothing less stops what it may still write (docs/transports.md).
 
 import asyncio
 import os
-import socket
+import resource
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from baton_contracts.discovery.v1.instance_pb2 import Instance
@@ -19,6 +18,7 @@ from baton_runtime.log import get_logger
 from baton_runtime.rpc import advertised_address, split_address
 
 from baton_handoff.transports.base import PeerPool, PullFailed, PullStats, TransportUnavailable
+from baton_handoff.transports.listener import resolved
 from baton_handoff.transports.nixl_agent import AgentMaker, NixlAgent
 from baton_handoff.transports.nixl_config import NixlConfig
 from baton_handoff.transports.nixl_library import NixlFailed, engine_config, has_rdma, is_emulation_on, load_nixl
@@ -30,6 +30,8 @@ from baton_handoff.transports.reslice import Reslice
 log = get_logger(__name__)
 
 _CLOSE_LIMIT_S = 2.0
+_DESCRIPTORS_PER_AGENT = 12  # measured: 10, and the control connection
+_OTHER_DESCRIPTORS = 1024
 
 
 class _Parameters(msgspec.Struct):
@@ -104,6 +106,7 @@ class NixlTransport:
 
     async def open(self) -> None:
         """Make the first agent and listen for peers; see Transport. Raises: TransportUnavailable."""
+        _allow_descriptors(2 * self._config.max_connections * _DESCRIPTORS_PER_AGENT + _OTHER_DESCRIPTORS)
         try:
             await asyncio.to_thread(self._maker.prepare)
         except NixlFailed as error:
@@ -159,7 +162,7 @@ class NixlTransport:
         reslice = unless_identity(reslice)
         if given.block_bytes != (expected := peer_block_bytes(self.pool, reslice)):
             raise TransportUnavailable(NAME, f"the peer's blocks have {given.block_bytes} bytes, expected {expected}")
-        family, sockaddr = await self._resolve(given.address)
+        family, sockaddr = await resolved(given.address, NAME, self._config.connect_limit_s)
         target = Target(family, sockaddr, peer.incarnation, own_incarnation, pair_secret, given.num_blocks, given.block_bytes, reslice)
         opened = NixlPeer(self, target)
         try:
@@ -187,23 +190,22 @@ class NixlTransport:
     def _make(self, name: str) -> NixlAgent:
         return NixlAgent(self._library, name, self.pool.place, self._ucx)
 
-    async def _resolve(self, address: str) -> tuple[int, tuple[Any, ...]]:
-        # Once, here: a name server that hangs must not hold a pull's blocks.
-        host, port = split_address(address)
-        try:
-            async with asyncio.timeout(self._config.connect_limit_s):
-                found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        except (OSError, TimeoutError) as error:
-            raise TransportUnavailable(NAME, f"cannot resolve {address}: {error}") from error
-        return found[0][0], found[0][4]
-
 
 def _release(version: str) -> list[str]:
     """What two ends must have in common: "1.5" of "1.5.1"."""
     return version.split(".")[:2]
 
 
+def _allow_descriptors(wanted: int) -> None:
+    """Raise the soft limit of open files: agents must not use up what the rest of the process needs."""
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if hard < wanted:
+        log.warning("few_file_descriptors", limit=hard, wanted=wanted)
+    if soft < min(wanted, hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
 def _environment() -> str:
     """What a person may look at who wonders why UCX does not start."""
-    given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name in ("UCX_TLS", "UCX_NET_DEVICES", "UCX_MODULES")]
-    return f"{', '.join(given) or 'no UCX_TLS is set'}; {'an' if has_rdma() else 'no'} RDMA device is present"
+    given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name in ("UCX_TLS", "UCX_NET_DEVICES")]
+    return f"{', '.join(given) or 'UCX_TLS is not set'}; {'an' if has_rdma() else 'no'} RDMA device is present"

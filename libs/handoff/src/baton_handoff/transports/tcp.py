@@ -5,11 +5,9 @@ This is the event loop's side of it; the threads are in tcp_sink (reads) and tcp
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from baton_contracts.discovery.v1.instance_pb2 import Instance
@@ -17,6 +15,7 @@ from baton_engine.pool import KvPool
 from baton_runtime.rpc import advertised_address, split_address
 
 from baton_handoff.transports.base import PeerPool, PullFailed, PullStats, TransportUnavailable
+from baton_handoff.transports.listener import resolved
 from baton_handoff.transports.operation import NO_BLOCKS, Operation, checked_ids, peer_block_bytes, unless_identity
 from baton_handoff.transports.reslice import Reslice
 from baton_handoff.transports.tcp_memory import BlockBytes, Landing
@@ -139,7 +138,7 @@ class TcpTransport:
         given = msgspec.json.decode(parameters, type=_Parameters)
         if given.block_bytes != (expected := peer_block_bytes(self.pool, reslice)):
             raise TransportUnavailable(NAME, f"the peer's blocks have {given.block_bytes} bytes, expected {expected}")
-        family, sockaddr = await self._resolve(given.address)
+        family, sockaddr = await resolved(given.address, NAME, self._config.connect_limit_s)
         target = Target(family, sockaddr, given.num_blocks, peer.incarnation, own_incarnation, pair_secret, unless_identity(reslice))
         opened = TcpPeer(self, target)
         try:
@@ -163,13 +162,3 @@ class TcpTransport:
         """A peer was dropped; its thread ends by itself, close() waits for it."""
         self._connected.discard(peer)
         self._ending = {*(ending for ending in self._ending if ending.is_alive()), thread}
-
-    async def _resolve(self, address: str) -> tuple[int, tuple[Any, ...]]:
-        # Once, here: a name server that hangs must not hold a pull's blocks.
-        host, port = split_address(address)
-        try:
-            async with asyncio.timeout(self._config.connect_limit_s):
-                found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        except (OSError, TimeoutError) as error:
-            raise TransportUnavailable(NAME, f"cannot resolve {address}: {error}") from error
-        return found[0][0], found[0][4]
