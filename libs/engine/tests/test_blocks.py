@@ -288,13 +288,13 @@ def test_listener_is_told_when_room_appears():
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda m: m._free.append(m._free[0]), "states"),
-        (lambda m: m._refs.__setitem__(m.table("a")[0], 2), "tables"),
-        (lambda m: m._pin_refs.__setitem__(0, 1), "pins"),
+        (lambda m: m._states.free.append(m._states.free[0]), "states"),
+        (lambda m: m._states.refs.__setitem__(m.table("a")[0], 2), "tables"),
+        (lambda m: m._states.pin_refs.__setitem__(0, 1), "pins"),
         (lambda m: setattr(m, "_reserved", 5), "reserved"),
-        (lambda m: setattr(m, "_pinned", 5), "pinned"),
-        (lambda m: m._by_hash.__setitem__(b"z", 0), "hashes"),
-        (lambda m: m._free.pop(), "states"),
+        (lambda m: setattr(m._states, "num_pinned", 5), "pinned"),
+        (lambda m: m._states.by_hash.__setitem__(b"z", 0), "hashes"),
+        (lambda m: m._states.free.pop(), "states"),
     ],
 )
 def test_check_names_what_is_wrong(damage, words):

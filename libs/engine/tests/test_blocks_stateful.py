@@ -188,7 +188,7 @@ class Blocks(RuleBasedStateMachine):
         self.published = (self.published | set(events.stored)) - set(events.removed)
         assert self.published == set(self.manager.cached_hashes())
         for block_hash in self.published:
-            assert self.memory[self.manager._by_hash[block_hash]] == block_hash
+            assert self.memory[self.manager._states.by_hash[block_hash]] == block_hash
 
 
 Blocks.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

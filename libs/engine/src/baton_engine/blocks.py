@@ -11,16 +11,15 @@ a sequence). free + cached + pinned + reserved + used = total, checked by `Block
     reserved   one          no        no          commit, release
     used       one or more  either    either      release
 
-Published blocks are evicted least recently used first, and a chain's end before its beginning: whenever blocks become
-cached, their chain is touched from the end backwards, so that a parent is never older than its children.
+States and cached prefixes: block_states.py. Who waits for blocks, and for whom they are kept: waiting_room.py.
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from baton_engine.block_states import BlockStates, CacheEvents
 from baton_engine.errors import CacheFull, IntegrityError
 from baton_engine.integrity import Ledger, find_problems
 from baton_engine.waiting_room import Turn, WaitingRoom
@@ -40,14 +39,6 @@ class BlockCounts:
     pinned: int
     reserved: int
     used: int
-
-
-@dataclass(frozen=True, slots=True)
-class CacheEvents:
-    """Block hashes that became or stopped being reusable since the last drain, stored before removed. 16 bytes each."""
-
-    stored: Sequence[bytes]
-    removed: Sequence[bytes]
 
 
 class TablePrefix(NamedTuple):
@@ -89,28 +80,18 @@ class BlockManager:
         if num_blocks < 1:
             raise ValueError("a pool has at least one block")
         self._lock = threading.Lock()
-        self._total = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._refs = [0] * num_blocks  # tables the block is in
-        self._pin_refs = [0] * num_blocks  # owners that pin it
-        self._hash: list[bytes | None] = [None] * num_blocks
-        self._by_hash: dict[bytes, int] = {}
-        self._distrusted: set[int] = set()  # held blocks whose contents may be wrong: never published again
+        self._states = BlockStates(num_blocks)
         self._tables: dict[Hashable, _Table] = {}
         self._pins: dict[Hashable, _Pins] = {}
         self._reserved = 0
-        self._pinned = 0  # blocks in state pinned
         self._room = WaitingRoom()
-        self._stored: dict[bytes, None] = {}  # ordered sets; net change since the last drain, so at most two per block
-        self._removed: dict[bytes, None] = {}
         self._listeners: list[Callable[[], None]] = []
         self._watched: dict[Hashable, Callable[[], None]] = {}
 
     @property
     def growth_headroom(self) -> int:
         """Blocks to keep free for growth when admitting: pass it as keep_free."""
-        return max(1, int(self._total * GROWTH_SHARE))
+        return max(1, int(self._states.total * GROWTH_SHARE))
 
     def subscribe_available(self, callback: Callable[[], None]) -> None:
         """Call back, from any thread and with no lock held, after blocks became free or cached. It must not block."""
@@ -129,7 +110,7 @@ class BlockManager:
     def match_prefix(self, hashes: Sequence[bytes]) -> int:
         """Leading hashes that are cached or in use, hence shareable, now. Takes nothing."""
         with self._lock:
-            return len(self._matching(hashes))
+            return len(self._states.matching(hashes))
 
     def promised(self) -> int:
         """Blocks promised to anybody; they are free or cached."""
@@ -210,10 +191,10 @@ class BlockManager:
             table = self._tables[owner]
             if table.committed != len(table.blocks):
                 raise ValueError("a table grows after everything reserved is committed")
-            available = len(self._free) + len(self._cached) - self._room.promised
+            available = self._states.num_available - self._room.promised
             if num_blocks > available:
                 raise CacheFull(num_blocks, max(0, available))
-            fresh = sorted(self._take_fresh() for _ in range(num_blocks))
+            fresh = self._states.take_fresh(num_blocks)
             table.blocks += fresh
             table.committed = len(table.blocks)
             return fresh
@@ -228,10 +209,10 @@ class BlockManager:
             table = self._tables[owner]
             if owner in self._pins or table.committed != len(table.blocks) or len(table.hashes) != table.shared:
                 raise ValueError("only an untouched table is matched again")
-            shared = self._matching(hashes[: len(table.blocks)])
+            shared = self._states.matching(hashes[: len(table.blocks)])
             for index in range(table.shared, len(shared)):
-                self._add_ref(shared[index])
-                self._drop_ref(table.blocks[index])
+                self._states.add_ref(shared[index])
+                self._states.drop_ref(table.blocks[index])
                 table.blocks[index] = shared[index]
             is_longer = len(shared) > table.shared
             if is_longer:
@@ -261,9 +242,7 @@ class BlockManager:
         with self._lock:
             table = self._tables[owner]
             for block in table.blocks:
-                self._distrusted.add(block)
-                if self._hash[block] is not None:
-                    self._unpublish(block)
+                self._states.distrust(block)
 
     def table(self, owner: Hashable) -> Sequence[int]:
         """Block ids of owner, in order. Raises: KeyError."""
@@ -299,7 +278,7 @@ class BlockManager:
             for index in range(first, first + count):
                 if index not in pins.blocks:
                     pins.blocks[index] = table.blocks[index]
-                    self._pin_refs[table.blocks[index]] += 1
+                    self._states.add_pin(table.blocks[index])
             return tuple(table.blocks[first : first + count])
 
     def pin_cached(self, owner: Hashable, first: int, hashes: Sequence[bytes], most: int) -> Sequence[int]:
@@ -312,11 +291,11 @@ class BlockManager:
         with self._lock:
             if owner in self._tables or owner in self._pins:
                 raise ValueError(f"{owner} has a table or pins already")
-            blocks = self._with_room(self._matching(hashes[:most]))
+            blocks = self._with_room(self._states.matching(hashes[:most]))
             if not blocks:
                 return ()
             for block in blocks:
-                self._add_pin(block)
+                self._states.add_pin(block)
             self._pins[owner] = _Pins(dict(enumerate(blocks, first)), hashes[: len(blocks)])
             return tuple(blocks)
 
@@ -324,7 +303,7 @@ class BlockManager:
         """Whether no block that owner pins was taken back by `unpublish` since."""
         with self._lock:
             pins = self._pins.get(owner)
-            return pins is None or self._distrusted.isdisjoint(pins.blocks.values())
+            return pins is None or self._states.distrusted.isdisjoint(pins.blocks.values())
 
     def unpin(self, owner: Hashable, end_block: int | None = None) -> None:
         """Drop owner's pins of blocks with index below end_block (None: all). Idempotent, unknown owners ignored."""
@@ -334,10 +313,10 @@ class BlockManager:
                 return
             below = [index for index in pins.blocks if end_block is None or index < end_block]
             for index in reversed(below):
-                self._drop_pin(pins.blocks.pop(index))
+                self._states.drop_pin(pins.blocks.pop(index))
             if not pins.blocks:
                 del self._pins[owner]
-                self._touch(pins.hashes)
+                self._states.touch(pins.hashes)
             callback = self._let_go_of(owner)
         self._tell(bool(below), callback)
 
@@ -369,18 +348,18 @@ class BlockManager:
     def drain_events(self) -> CacheEvents:
         """Net change since the last call. Bounded by twice the number of blocks even if nobody drains."""
         with self._lock:
-            return self._drain()
+            return self._states.drain()
 
     def cached_hashes(self) -> Sequence[bytes]:
         """All published hashes, for a snapshot."""
         with self._lock:
-            return tuple(self._by_hash)
+            return tuple(self._states.by_hash)
 
     def drain_with_hashes(self) -> tuple[CacheEvents, Sequence[bytes]]:
         """drain_events and cached_hashes at one instant. Events are net changes: a snapshot taken at any other instant than a
         drain could hold a hash whose coming and going cancelled out between two drains."""
         with self._lock:
-            return self._drain(), tuple(self._by_hash)
+            return self._states.drain(), tuple(self._states.by_hash)
 
     def check(self) -> None:
         """Integrity, of a copy: nobody waits for it. Raises: IntegrityError saying which sum or block is wrong."""
@@ -393,34 +372,28 @@ class BlockManager:
 
     def _ledger(self) -> Ledger:
         return Ledger(
-            total=self._total,
-            free=self._free[:],
-            cached=set(self._cached),
-            refs=self._refs[:],
-            pin_refs=self._pin_refs[:],
-            hashes=self._hash[:],
-            by_hash=self._by_hash.copy(),
-            distrusted=self._distrusted.copy(),
+            total=self._states.total,
+            free=self._states.free[:],
+            cached=set(self._states.cached),
+            refs=self._states.refs[:],
+            pin_refs=self._states.pin_refs[:],
+            hashes=self._states.hashes[:],
+            by_hash=self._states.by_hash.copy(),
+            distrusted=self._states.distrusted.copy(),
             tables=[(owner, table.blocks[:], table.committed) for owner, table in self._tables.items()],
             pins=[list(pins.blocks.values()) for pins in self._pins.values()],
             num_reserved=self._reserved,
-            num_pinned=self._pinned,
+            num_pinned=self._states.num_pinned,
             num_promised=self._room.promised,
         )
-
-    def _drain(self) -> CacheEvents:
-        events = CacheEvents(tuple(self._stored), tuple(self._removed))
-        self._stored.clear()
-        self._removed.clear()
-        return events
 
     def _take(self, owner: Hashable, hashes: Sequence[bytes], num_blocks: int, keep_free: int, turn: Turn | None, *, reserved: bool) -> int:
         """Called without the lock."""
         with self._lock:
             if owner in self._tables or owner in self._pins:
                 raise ValueError(f"{owner} has a table or pins already")
-            shared = self._matching(hashes[:num_blocks])
-            num_evictable = sum(1 for block in shared if block in self._cached)
+            shared = self._states.matching(hashes[:num_blocks])
+            num_evictable = sum(1 for block in shared if block in self._states.cached)
             self._admit(owner, num_blocks - len(shared), num_evictable, keep_free, turn)
             self._make_table(owner, hashes, shared, num_blocks, reserved=reserved)
             has_left = self._room.leave(owner)
@@ -443,13 +416,13 @@ class BlockManager:
     def _available(self, owner: Hashable, turn: Turn | None) -> int:
         """Free and cached blocks that owner may take; below 0 if others are promised or kept more than there are."""
         kept = self._room.kept_from(owner, turn) + self._room.promised_to_others(owner)
-        return len(self._free) + len(self._cached) - kept
+        return self._states.num_available - kept
 
     def _with_room(self, blocks: list[int]) -> list[int]:
         """The leading ones that can be pinned without taking room: those nobody holds are available until then."""
         available = self._available(None, None)
         for index, block in enumerate(blocks):
-            if block in self._cached:
+            if block in self._states.cached:
                 if available <= 0:
                     return blocks[:index]
                 available -= 1
@@ -457,9 +430,8 @@ class BlockManager:
 
     def _make_table(self, owner: Hashable, hashes: Sequence[bytes], shared: list[int], num_blocks: int, *, reserved: bool) -> None:
         for block in shared:  # before any eviction, which must not take these
-            self._add_ref(block)
-        # Ascending: a chain is evicted from its end, and neighbours in rising order travel as one run.
-        fresh = sorted(self._take_fresh() for _ in range(num_blocks - len(shared)))
+            self._states.add_ref(block)
+        fresh = self._states.take_fresh(num_blocks - len(shared))
         committed = len(shared) if reserved else num_blocks
         self._reserved += num_blocks - committed
         self._tables[owner] = _Table([*shared, *fresh], committed, len(shared), len(shared), list(hashes[: len(shared)]))
@@ -467,8 +439,8 @@ class BlockManager:
     def _drop_table(self, owner: Hashable, table: _Table) -> None:
         self._reserved -= len(table.blocks) - table.committed
         for block in reversed(table.blocks):
-            self._drop_ref(block)
-        self._touch(table.hashes)
+            self._states.drop_ref(block)
+        self._states.touch(table.hashes)
         if owner in self._pins:
             self._pins[owner].hashes = table.hashes
 
@@ -478,89 +450,10 @@ class BlockManager:
             return None
         return self._watched.pop(owner)
 
-    def _matching(self, hashes: Sequence[bytes]) -> list[int]:
-        blocks = []
-        for block_hash in hashes:
-            block = self._by_hash.get(block_hash)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
-
-    def _take_fresh(self) -> int:
-        """A block with one reference and no content; evicts if none is free. The caller made sure that there is one."""
-        if not self._free:
-            block, _ = self._cached.popitem(last=False)
-            self._unpublish(block)
-            self._free.append(block)
-        block = self._free.pop()
-        self._refs[block] = 1
-        return block
-
-    def _add_ref(self, block: int) -> None:
-        if self._refs[block] == 0:
-            if self._pin_refs[block]:
-                self._pinned -= 1
-            else:
-                del self._cached[block]
-        self._refs[block] += 1
-
-    def _drop_ref(self, block: int) -> None:
-        self._refs[block] -= 1
-        if self._refs[block] == 0:
-            if self._pin_refs[block]:
-                self._pinned += 1
-            else:
-                self._let_go(block)
-
-    def _add_pin(self, block: int) -> None:
-        if self._refs[block] == 0 and self._pin_refs[block] == 0:
-            del self._cached[block]
-            self._pinned += 1
-        self._pin_refs[block] += 1
-
-    def _drop_pin(self, block: int) -> None:
-        self._pin_refs[block] -= 1
-        if self._pin_refs[block] == 0 and self._refs[block] == 0:
-            self._pinned -= 1
-            self._let_go(block)
-
-    def _let_go(self, block: int) -> None:
-        self._distrusted.discard(block)
-        if self._hash[block] is None:
-            self._free.append(block)
-        else:
-            self._cached[block] = None
-
-    def _touch(self, hashes: Sequence[bytes]) -> None:
-        """Make a chain the most recently used, its beginning most of all."""
-        for block_hash in reversed(hashes):
-            block = self._by_hash.get(block_hash)
-            if block is not None and block in self._cached:
-                self._cached.move_to_end(block)
-
     def _publish(self, table: _Table, index: int, block_hash: bytes) -> None:
         if index == len(table.hashes):
             table.hashes.append(block_hash)
-        block = table.blocks[index]
-        if block_hash in self._by_hash or self._hash[block] is not None or block in self._distrusted:
-            return
-        self._hash[block] = block_hash
-        self._by_hash[block_hash] = block
-        if block_hash in self._removed:
-            del self._removed[block_hash]
-        else:
-            self._stored[block_hash] = None
-
-    def _unpublish(self, block: int) -> None:
-        block_hash = self._hash[block]
-        assert block_hash is not None, "only published blocks are unpublished"
-        self._hash[block] = None
-        del self._by_hash[block_hash]
-        if block_hash in self._stored:
-            del self._stored[block_hash]
-        else:
-            self._removed[block_hash] = None
+        self._states.publish(table.blocks[index], block_hash)
 
     def _held(self, owner: Hashable) -> int:
         pins = self._pins.get(owner)
@@ -568,8 +461,8 @@ class BlockManager:
         return (len(pins.blocks) if pins else 0) + (len(table.blocks) - table.committed if table else 0)
 
     def _counts(self) -> BlockCounts:
-        free, cached, pinned, reserved = len(self._free), len(self._cached), self._pinned, self._reserved
-        return BlockCounts(self._total, free, cached, pinned, reserved, self._total - free - cached - pinned - reserved)
+        free, cached, pinned, reserved = len(self._states.free), len(self._states.cached), self._states.num_pinned, self._reserved
+        return BlockCounts(self._states.total, free, cached, pinned, reserved, self._states.total - free - cached - pinned - reserved)
 
     def _tell(self, available: bool, let_go: Callable[[], None] | None = None) -> None:
         """Called without the lock. available: blocks may be available to somebody to whom they were not."""

@@ -231,7 +231,7 @@ class Net:
 
     def check(self, peer: Peer) -> None:
         peer.blocks.check()
-        for block_hash, block in peer.blocks._by_hash.items():
+        for block_hash, block in peer.blocks._states.by_hash.items():
             assert peer.memory[block] == block_hash, "a published block has foreign content"
         held = peer.blocks.pinned_owners()
         assert sum(peer.booked.values()) == sum(held.values()), "reports and block manager differ"
