@@ -137,7 +137,7 @@ def unsettled(report: status.Report, without: tuple[str, ...]) -> str:
 
 def roomy_model(folder: Path) -> Path:
     """A copy of the demo model's folder with a longer context; the sim engine takes sizes and the tokenizer from it, not the weights."""
-    shutil.copytree(up.demo_model(), folder)
+    shutil.copytree(up.demo_model(), folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": ROOMY_TOKENS}))
     return folder
