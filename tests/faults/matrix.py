@@ -140,6 +140,8 @@ def main() -> int:
         say(f"the fault matrix cannot run here: {problem}")
         return 2
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    if chosen.folder is not None and chosen.folder.exists() and any(chosen.folder.iterdir()):
+        parser.error(f"--folder {chosen.folder}: is not empty")
     by_transport = {
         transport: [c for c in all_cells(transport) if _is_chosen(c, chosen.only)] for transport in chosen.transports.split(",")
     }

@@ -109,6 +109,7 @@ class House:
             mending = group.create_task(self._mend(cell, struck + cell.fault.lasts_s))
             end = max(t0 + WATCHED_S, struck + cell.fault.lasts_s + 2.0)
             while time.monotonic() < end or not mending.done():
+                self._wake_strays(cell, is_mended=mending.done())
                 await self._sample(cell, result, t0, is_mended=mending.done())
                 await asyncio.sleep(SAMPLE_S)
         return t0, mending.result()
@@ -181,6 +182,13 @@ class House:
             self.cluster.signal(name, signal.SIGUSR2)
             if name != first and self._process_state(name) == "T":
                 self.cluster.signal(name, signal.SIGCONT)
+
+    def _wake_strays(self, cell: Cell, *, is_mended: bool) -> None:
+        """A second worker may have stopped itself while it was being disarmed."""
+        for name, child in self.cluster.children.items():
+            is_struck = cell.fault.is_stop and name in cell.victims and not is_mended
+            if is_worker(name) and child.is_running and not is_struck and self._process_state(name) == "T":
+                child.send(signal.SIGCONT)
 
     async def _sample(self, cell: Cell, result: Result, t0: float, *, is_mended: bool) -> None:
         """Stranded and mismatching bytes, now, of everybody who answers."""
