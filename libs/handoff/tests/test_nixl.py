@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from baton_contracts.discovery.v1.instance_pb2 import Instance
-from baton_engine.pool import BlockLayout
+from baton_engine.pool import BlockLayout, KvPool, MemoryPlace
 from baton_handoff.transports import PoolMemory
 from baton_handoff.transports.base import PullFailed, TransportUnavailable
 from baton_handoff.transports.nixl import NixlTransport
@@ -251,6 +251,19 @@ async def test_rdma_asked_for_and_not_there_is_unavailable(monkeypatch):
     pool, _ = PoolMemory.allocate(2, LAYOUT, SINK, shared=False)
     transport = NixlTransport(pool, SINK, "127.0.0.1:0", "")
     with pytest.raises(TransportUnavailable, match=r"UCX failed.*UCX_TLS=rc; no RDMA device"):
+        await transport.open()
+    await transport.close()
+
+
+async def test_pool_on_a_device_is_registered_as_device_memory():
+    """Here UCX finds out that it is none; elsewhere that is all GPUDirect and CUDA IPC need."""
+
+    class DevicePool(KvPool):
+        place = property(lambda self: MemoryPlace(self.data.ctypes.data, self.data.nbytes, device=0))
+
+    pool, _ = PoolMemory.allocate(2, LAYOUT, SINK, shared=False)
+    transport = NixlTransport(DevicePool(pool.data, LAYOUT), SINK, "127.0.0.1:0", "")
+    with pytest.raises(TransportUnavailable, match=f"registering {pool.data.nbytes} bytes of VRAM"):
         await transport.open()
     await transport.close()
 

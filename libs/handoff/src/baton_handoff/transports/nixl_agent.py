@@ -26,6 +26,7 @@ log = get_logger(__name__)
 
 TOKEN_BYTES = 16
 _KINDS = ("DRAM", "VRAM")
+_not_ended: list["NixlAgent"] = []
 
 
 class RemotePool(msgspec.Struct, frozen=True):
@@ -53,7 +54,7 @@ class NixlAgent:
         self._place = place
         self._token = np.zeros(TOKEN_BYTES, np.uint8)
         self._token[:] = np.frombuffer(secrets.token_bytes(TOKEN_BYTES), np.uint8)
-        self._scratch = np.zeros(TOKEN_BYTES, np.uint8)
+        self._scratch = np.zeros(2 * TOKEN_BYTES, np.uint8)
         self._remote: RemotePool | None = None
         self._remote_name = ""
         self._lists: tuple[Any, Any] | None = None  # own blocks or rows of the staging buffer, the peer's blocks
@@ -105,15 +106,21 @@ class NixlAgent:
             self._lists = (local, self._agent.prep_xfer_dlist(self._remote_name, blocks, _kind(remote.device)))
         self._remote = remote
 
-    def post_token(self) -> int:
-        """Begin to read the peer's token. Returns: the transfer."""
+    def probes(self) -> Iterator[int]:
+        """Begin to read the peer's token, then the first bytes of its pool, which may lie in memory of another kind.
+
+        To be resumed when the transfer it gave is done. The first makes UCX connect.
+        """
         assert self._remote is not None
-        return self._post_ranges("DRAM", [self._scratch.ctypes.data], "DRAM", [self._remote.token_address], TOKEN_BYTES, (0, 0))
+        remote, scratch = self._remote, self._scratch.ctypes.data
+        yield self._post_ranges("DRAM", [scratch], "DRAM", [remote.token_address], TOKEN_BYTES, (0, 0))
+        devices = (0, remote.device or 0)
+        yield self._post_ranges("DRAM", [scratch + TOKEN_BYTES], _kind(remote.device), [remote.address], TOKEN_BYTES, devices)
 
     def is_token_right(self) -> bool:
         """Whether what was read is what the peer said."""
         assert self._remote is not None
-        return secrets.compare_digest(self._scratch.tobytes(), self._remote.token)
+        return secrets.compare_digest(self._scratch[:TOKEN_BYTES].tobytes(), self._remote.token)
 
     def post_blocks(self, source_ids: BlockIds, dest_ids: BlockIds) -> int:
         """Begin to read whole blocks of the peer into own ones, or into rows of the buffer.
@@ -167,6 +174,7 @@ class NixlAgent:
         self._is_destroyed = remains() is None
         if not self._is_destroyed:
             log.error("nixl_agent_not_ended", agent=self.name)
+            _not_ended.append(self)  # with the memory it may write
         return self._is_destroyed
 
     def _post_ranges(self, kind: str, here: Any, remote_kind: str, there: Any, num_bytes: int, devices: tuple[int, int]) -> int:

@@ -275,19 +275,21 @@ class Reader:
             raise ConnectionFailed(f"a pool of {shape} bytes, offered {target.num_blocks} x {target.block_bytes}", is_silence=True)
         self._agent = agent = self._maker.take()
         agent.connect(remote, self._pool.block_bytes, self._landing.staging_rows)
-        # The first read makes UCX connect, and shows that reads end up in the memory that is meant.
-        transfer = agent.post_token()
         ends_s = time.monotonic() + limit_s
+        for transfer in agent.probes():
+            self._await_probe(agent, transfer, operation, ends_s)
+        if not agent.is_token_right():
+            raise ConnectionFailed("reads end up in another process's memory", is_silence=True)
+        return agent
+
+    def _await_probe(self, agent: NixlAgent, transfer: int, operation: Operation, ends_s: float) -> None:
         while not agent.is_done(transfer):
             if operation.stopped or self._is_dropped:
                 raise ConnectionFailed("stopped while it connected")
             if time.monotonic() > ends_s:
-                raise ConnectionFailed(f"nothing could be read for {limit_s} s", is_silence=True)
+                raise ConnectionFailed(f"nothing could be read for {self._config.connect_limit_s} s", is_silence=True)
             time.sleep(_nap_s(0.0))
         agent.release(transfer)
-        if not agent.is_token_right():
-            raise ConnectionFailed("reads end up in another process's memory", is_silence=True)
-        return agent
 
     def _say(self, word: bytes) -> None:
         if self._sock is not None:
