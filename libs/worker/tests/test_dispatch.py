@@ -97,11 +97,12 @@ def test_prefill_for_goes_to_the_handoffs_and_ends_when_they_say(rig: Rig) -> No
 def test_decode_from_starts_the_engine_once_the_kv_is_here(rig: Rig) -> None:
     rig.start("decode_from")
     assert not rig.engine.live
-    rig.handoffs.complete(KEY, cached_tokens=8, handoff_bytes=1024)
+    rig.handoffs.complete(KEY, cached_tokens=8, handoff_bytes=1024, exposed_s=0.0025)
     assert rig.engine.live[KEY].work is Work.DECODE_ONLY
     rig.ended(EndReason.STOP, output_tokens=2)
     usage = rig.ends[KEY].usage
     assert (rig.reason, usage.cached_tokens, usage.handoff_bytes) == (pb.FINISH_REASON_STOP, 8, 1024)
+    assert usage.exposed_handoff_us == 2500
 
 
 def test_failed_handoff_says_who_why_and_how_far_it_got(rig: Rig) -> None:

@@ -66,10 +66,10 @@ def test_tokens_go_out_and_stop_ends() -> None:
     assert request.take(1, Role.DECODE, 0, (7,)) == (7,)
     assert request.take(1, Role.DECODE, 1, [8, 9]) == [8, 9]
     assert ended(request, Role.PREFILL, finish(pb.FINISH_REASON_PREFILLED)) == []
-    usage = pb.Usage(input_tokens=3, cached_tokens=2, output_tokens=3)
+    usage = pb.Usage(input_tokens=3, cached_tokens=2, output_tokens=3, exposed_handoff_us=2500)
     actions = ended(request, Role.DECODE, finish(pb.FINISH_REASON_STOP, usage=usage, stop_token_id=9))
     assert actions[0] == StopAttempt(1)
-    assert end_of(actions) == GenerationEnd("stop", None, 3, 2, 3, 0, 9)
+    assert end_of(actions) == GenerationEnd("stop", None, 3, 2, 3, 0, 9, exposed_handoff_s=0.0025)
 
 
 def test_length_ends() -> None:

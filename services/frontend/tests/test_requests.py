@@ -152,6 +152,7 @@ async def test_end_is_one_log_line_and_the_metrics(bench: Bench, worker: FakeWor
     assert (line["outcome"], line["output_tokens"], line["attempts"], line["decode"]) == ("length", 5, 1, "decode-0")
     assert 0 < line["ttft_ms"] <= line["duration_ms"]
     assert line["tpot_ms"] > 0
+    assert line["exposed_handoff_ms"] == 0
     assert bench.registry.get_sample_value("baton_requests_total", {"outcome": "length"}) == 1
     assert bench.registry.get_sample_value("baton_output_tokens_total", {"model": "m"}) == 5
     assert bench.registry.get_sample_value("baton_gen_ai_server_time_to_first_token_seconds_count", {"model": "m"}) == 1

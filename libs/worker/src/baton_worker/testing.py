@@ -246,11 +246,11 @@ class FakeHandoffs:
     def safe_to_stop(self) -> bool:
         return not self.held and not self.fetches and not self.num_held_blocks
 
-    def complete(self, key: SequenceKey, cached_tokens: int = 0, handoff_bytes: int = 0) -> None:
+    def complete(self, key: SequenceKey, cached_tokens: int = 0, handoff_bytes: int = 0, exposed_s: float = 0.0) -> None:
         """The KV is here."""
         held = self.held.pop(key)
         assert held.on_complete is not None
-        held.on_complete(HandoffComplete(cached_tokens, handoff_bytes))
+        held.on_complete(HandoffComplete(cached_tokens, handoff_bytes, exposed_s))
 
     def end_fetch(self, key: SequenceKey, end: FetchEnd) -> None:
         """The fetch is over."""

@@ -72,6 +72,7 @@ class GenerationEnd:
     output_tokens: int = 0  # delivered to the sink
     resumed: int = 0  # times the generation was placed again after its first token or start
     stop_token_id: int | None = None  # set with "stop" if a token ended it
+    exposed_handoff_s: float = 0.0  # what handoffs added to the time to the first token, in all attempts
 
 
 class TokenSink(Protocol):

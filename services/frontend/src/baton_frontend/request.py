@@ -63,6 +63,7 @@ class Request:
         "_cached_tokens",
         "_crashed_attempts",
         "_excluded",
+        "_exposed_handoff_us",
         "_failures",
         "_generation",
         "_limits",
@@ -102,6 +103,7 @@ class Request:
         self._retry_after_s = 0.0
         self._patience_until: float | None = None
         self._cached_tokens: int | None = None
+        self._exposed_handoff_us = 0  # of all attempts
         self._wake_at = 0.0
 
     @property
@@ -285,6 +287,7 @@ class Request:
         # Decode's word goes before prefill's of the same attempt.
         if not finished.HasField("usage"):
             return
+        self._exposed_handoff_us += finished.usage.exposed_handoff_us
         if self._cached_tokens is None or (role is Role.DECODE and self.resumed == 0):
             self._cached_tokens = finished.usage.cached_tokens
 
@@ -392,6 +395,7 @@ class Request:
             output_tokens=len(self.output),
             resumed=self.resumed,
             stop_token_id=stop_token_id,
+            exposed_handoff_s=self._exposed_handoff_us / 1e6,
         )
         return [*actions, End(end)]
 

@@ -99,6 +99,7 @@ class RequestReport:
             outcome=outcome_of(end),
             error=None if end.error is None else str(end.error),
             ttft_ms=_ms(ttft_s),
+            exposed_handoff_ms=_ms(end.exposed_handoff_s),
             tpot_ms=_ms(tpot_s),
             duration_ms=_ms(duration_s),
             prompt_tokens=end.prompt_tokens,
@@ -131,12 +132,13 @@ class RequestReport:
         self.close_question()
         span = self._span
         if span.is_recording():
-            attributes: dict[str, str | int | list[str]] = {
+            attributes: dict[str, str | int | float | list[str]] = {
                 semconv.GEN_AI_USAGE_INPUT_TOKENS: end.prompt_tokens,
                 semconv.GEN_AI_USAGE_OUTPUT_TOKENS: end.output_tokens,
                 semconv.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: end.cached_tokens,
                 semconv.GEN_AI_RESPONSE_FINISH_REASONS: [end.reason],
                 semconv.BATON_ATTEMPT: attempts,
+                semconv.BATON_EXPOSED_MS: round(end.exposed_handoff_s * 1e3, 3),
                 semconv.BATON_OUTCOME: outcome_of(end),
             }
             if decode is not None:
