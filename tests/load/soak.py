@@ -216,8 +216,9 @@ def main() -> int:
         result = asyncio.run(Soak(options, Path(folder)).run())
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    shown = {name: value for name, value in result.items() if name not in ("machine", "fault_log")}
-    print(json.dumps(shown, indent=1))
+    print(json.dumps({name: value for name, value in result.items() if name not in ("machine", "memory", "fault_log")}, indent=1))
+    for life in result["memory"]:
+        print({name: value for name, value in life.items() if name != "course"})
     for problem in result["problems"]:
         say(f"PROBLEM {problem}")
     return 1 if result["problems"] else 0

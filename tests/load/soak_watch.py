@@ -14,6 +14,7 @@ MEMORY_EVERY_S = 2.0
 GROWTH_LIMIT = 1.02  # last tenth of a life over its second tenth
 # Ended handoffs are remembered for 60 s: a life must be long enough for its second tenth to come after that.
 MIN_LIFE_S = 600.0
+COURSE_POINTS = 40
 SERVICES = ("prefill", "decode", "kvtransfer")
 _STRANDED, _MISMATCH = "baton_kv_stranded_bytes", "baton_ledger_mismatch_bytes"
 
@@ -41,7 +42,13 @@ class Life:
             "last_tenth_mib": round(final / 1024, 2),
             "growth": round(final / second - 1, 4) if second else None,
             "is_flat": final <= GROWTH_LIMIT * second if is_judged else None,
+            "course": self._course(),
         }
+
+    def _course(self) -> list[list[float]]:
+        """Some of the samples: [seconds of the run, RSS in MiB, of it private]."""
+        step = -(-len(self.samples) // COURSE_POINTS)
+        return [[round(at), round(rss / 1024, 1), round(private / 1024, 1)] for at, rss, private in self.samples[::step]]
 
     def _mean(self, start: float, end: float) -> float:
         found = [rss for at, rss, _ in self.samples if start <= at <= end]
