@@ -57,7 +57,8 @@ def checked_ids(
     source, dest = np.asarray(source_ids, np.int64), np.asarray(dest_ids, np.int64)
     if source.shape != dest.shape or source.ndim != 1 or not source.size:
         raise ValueError(f"{source.size} source blocks for {dest.size} destination blocks")
-    if dest.size > 1 and dest.size * unit_bytes > MAX_OPERATION_BYTES:
+    # A single block of the source is one operation however large it is, in however many units it arrives.
+    if dest.size * unit_bytes > max(MAX_OPERATION_BYTES, peer_block_bytes(pool, reslice)):
         raise ValueError(f"{dest.size} blocks of {unit_bytes} bytes are more than one operation of {MAX_OPERATION_BYTES}")
     if dest.min() < 0 or dest.max() >= num_dest:
         raise ValueError(f"destination block ids {dest.min()}..{dest.max()} in a pool of {num_dest}")
