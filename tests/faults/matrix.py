@@ -29,6 +29,7 @@ from hosts import why_not
 from judge import Result
 from strike import House, open_house
 
+MAX_VOID = 3
 State = tuple[str, str]  # side and state
 # The rare ones are waited for first: the others are there anyway.
 _RARE = [
@@ -43,13 +44,20 @@ RAREST_FIRST: list[State] = [*_RARE, *(state for state in STATES if state not in
 
 
 async def run_cell(house: House, cell: Cell, states: Sequence[State], most: int) -> list[Result]:
-    """Strike until every one of these states was hit, at most so many times; each strike waits for one that is missing."""
+    """Strike until every one of these states was hit, at most so many times; each strike waits for one that is missing. A void one is
+    repeated, a few times."""
     results: list[Result] = []
+    num_void = 0
     missing = list(states)
     while missing and len(results) < most:
         target = missing.pop(0)
         result = await house.strike(cell, target)
         results.append(result)
+        if result.is_void and num_void < MAX_VOID:
+            num_void += 1
+            most += 1
+            missing.insert(0, target)
+            continue
         if result.problems:
             break
         missing = [state for state in (*missing, target) if " ".join(state) not in result.states]
@@ -77,7 +85,7 @@ async def run_cells(
                     why = "; ".join(_messages(group))
                     results = [Result(cell.name, cell.transport, cell.fault.name, list(cell.victims), problems=[f"not judged: {why}"])]
                 on_results(cell, results)
-                if results[-1].problems:
+                if any(result.problems for result in results):
                     break
 
 
@@ -102,10 +110,10 @@ class Progress:
     def take(self, cell: Cell, results: list[Result]) -> None:
         """One field is done."""
         self._num_done += 1
-        self.report["results"] += [asdict(result) for result in results]
+        self.report["results"] += [{**asdict(result), "is_void": result.is_void} for result in results]
         hit = {state for result in results for state in result.states}
         missing = [" ".join(state) for state in STATES if " ".join(state) not in hit]
-        problems = [problem for result in results for problem in result.problems]
+        problems = [("void: " if result.is_void else "") + problem for result in results for problem in result.problems]
         took = (time.monotonic() - self._began) / 60
         where = f"{self._num_done}/{self._num_cells} after {took:.1f} min"
         say(f"{where}  {cell.name}: {len(results)} strikes, not hit: {', '.join(missing) or 'none'}")
@@ -118,7 +126,7 @@ class Progress:
     @property
     def num_problems(self) -> int:
         """Of all results so far."""
-        return sum(len(result["problems"]) for result in self.report["results"])
+        return sum(len(result["problems"]) for result in self.report["results"] if not result["is_void"])
 
 
 def say(text: str) -> None:
@@ -139,7 +147,7 @@ def main() -> int:
     if problem := why_not():
         say(f"the fault matrix cannot run here: {problem}")
         return 2
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     if chosen.folder is not None and chosen.folder.exists() and any(chosen.folder.iterdir()):
         parser.error(f"--folder {chosen.folder}: is not empty")
     by_transport = {

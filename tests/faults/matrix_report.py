@@ -53,12 +53,19 @@ def markdown(report: dict, source: str = "bench/results") -> str:
     machine = report["machine"]
     parts = [HEAD.format(date=report["date"], cpu=machine["cpu"], num_cpus=machine["num_cpus"], kernel=machine["kernel"], source=source)]
     by_transport = defaultdict(list)
-    for result in report["results"]:
+    judged = [result for result in report["results"] if not result["is_void"]]
+    for result in judged:
         by_transport[result["transport"]].append(result)
     parts.append(_summary(by_transport))
     for transport, results in by_transport.items():
         parts.append(f"## {transport}\n\n{_laws(results)}\n{_states(results)}")
-    parts.append(_problems(report["results"]))
+    parts.append(_problems(judged))
+    void = [result for result in report["results"] if result["is_void"]]
+    if void:
+        worst = max(result["machine_stall_s"] for result in void)
+        parts.append(
+            f"{len(void)} strikes are left out and were repeated: the machine itself stood still for up to {worst:.1f} s meanwhile.\n"
+        )
     return "\n".join(parts)
 
 

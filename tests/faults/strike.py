@@ -15,7 +15,7 @@ from cluster import Cluster, cluster, until
 from fault_kinds import Cell, is_worker
 from history import History, Track
 from hosts import Hosts
-from judge import LAW_2_S, Result, judge_blocks
+from judge import LAW_2_S, MachineWatch, Result, judge_blocks
 from load import Kind, Load, Oracle, Tally
 
 WATCHED_S = 6.0  # from the strike, if it is mended by then
@@ -58,8 +58,9 @@ WATCHED_WORKER = str(Path(__file__).parent / "watched_worker.py")
 class House:
     """A cluster of watched workers on hosts of their own, for many strikes."""
 
-    def __init__(self, house: Cluster, folder: Path, oracle: Oracle) -> None:
+    def __init__(self, house: Cluster, folder: Path, oracle: Oracle, machine: MachineWatch) -> None:
         self.cluster = house
+        self._machine = machine
         self.history = History(folder / "watched")
         self._folder = folder
         self._oracle = oracle
@@ -72,7 +73,7 @@ class House:
         house = self.cluster
         load = Load(house.http, house.url, house.options.served_name, self._oracle, seed=self._num_loads)
         result = Result(cell.name, cell.transport, cell.fault.name, list(cell.victims), target=" ".join(target or ()))
-        before = await self._counters()
+        began, before = time.monotonic(), await self._counters()
         async with load.running(KINDS):
             try:
                 t0, t_mended = await self._strike_and_mend(cell, target, result)
@@ -87,6 +88,7 @@ class House:
         self._judge_requests(cell, result, load.tally)
         self._judge_counters(cell, result, before, await self._counters())
         self.history.forget()
+        result.machine_stall_s = round(self._machine.longest_s(began), 3)
         return result
 
     async def _strike_and_mend(self, cell: Cell, target: tuple[str, str] | None, result: Result) -> tuple[float, float]:
@@ -305,7 +307,7 @@ async def open_house(folder: Path, model: Path, transport: str, *, on_hosts: boo
         hosts = await stack.enter_async_context(Hosts()) if on_hosts else None
         options = {"profile": str(profile), "model": model, "prefill": 2, "decode": 2, "environment": environment}
         async with cluster(folder, hosts=hosts, change=watch, **options) as house:
-            made = House(house, folder, Oracle(str(profile), model))
+            made = House(house, folder, Oracle(str(profile), model), stack.enter_context(MachineWatch()))
             await until("the workers' histories", lambda: _histories(made), READY_LIMIT_S)
             yield made
 
