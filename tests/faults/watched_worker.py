@@ -35,8 +35,7 @@ from baton_prefill.config import PrefillConfig
 from baton_prefill.main import PrefillService
 from baton_runtime.config import load
 from baton_runtime.lifecycle import run
-from baton_worker.assembly import EngineMemory
-from baton_worker.worker import Worker
+from baton_worker.assembly import transports_of
 
 # States beside those of the two state machines. MOVING: pulling, and an operation runs.
 OVER, MOVING, DECODING, FETCH = "over", "moving", "decoding", "fetch"
@@ -162,29 +161,19 @@ class SlowPool:
         self._inner.drop()
 
 
-class SlowTransports(Worker):
-    """A worker whose pulls begin later."""
-
-    async def _open_transports(self, made: EngineMemory) -> list[Transport]:
-        transports = await super()._open_transports(made)
-        for transport in transports:
-            transport.open_peer = self._slow(transport.open_peer)  # type: ignore[method-assign]
-        return transports
-
-    @staticmethod
-    def _slow(open_peer: Callable[..., Awaitable[PeerPool]]) -> Callable[..., Awaitable[PeerPool]]:
-        async def opened(*args: Any, **settings: Any) -> PeerPool:
-            return SlowPool(await open_peer(*args, **settings), float(os.environ["BATON_WATCHED_PULL_DELAY_S"]))
-
-        return opened
+def slow_transports(*args: Any, **settings: Any) -> list[Transport]:
+    """As transports_of, but for pulls that begin later."""
+    transports = transports_of(*args, **settings)
+    for transport in transports:
+        transport.open_peer = _slow(transport.open_peer)  # type: ignore[method-assign]
+    return transports
 
 
-class WatchedPrefill(SlowTransports, PrefillService):
-    """PrefillService, watched."""
+def _slow(open_peer: Callable[..., Awaitable[PeerPool]]) -> Callable[..., Awaitable[PeerPool]]:
+    async def opened(*args: Any, **settings: Any) -> PeerPool:
+        return SlowPool(await open_peer(*args, **settings), float(os.environ["BATON_WATCHED_PULL_DELAY_S"]))
 
-
-class WatchedDecode(SlowTransports, DecodeService):
-    """DecodeService, watched."""
+    return opened
 
 
 def _line(place: Place, fact: Fact) -> dict[str, object]:
@@ -195,6 +184,7 @@ def _line(place: Place, fact: Fact) -> dict[str, object]:
 
 if __name__ == "__main__":
     baton_worker.worker.HandoffManager = WatchedManager  # type: ignore[misc]
+    baton_worker.worker.transports_of = slow_transports
     if sys.argv.pop(1) == "prefill":
-        run(lambda: WatchedPrefill(load(PrefillConfig, "prefill")))
-    run(lambda: WatchedDecode(load(DecodeConfig, "decode")))
+        run(lambda: PrefillService(load(PrefillConfig, "prefill")))
+    run(lambda: DecodeService(load(DecodeConfig, "decode")))
