@@ -10,7 +10,7 @@ from baton_handoff.actions import Completed, Ended, Send
 from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, HandoffEnd, HandoffKey, Outcome, Side
 from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, CancelHandoff, Confirm, ConfirmReply, Message, NotNow, Refused
-from baton_handoff.sink import SinkState
+from baton_handoff.sink_handoff import SinkState
 from baton_handoff.source import SourceState
 from baton_handoff.testing.world import LAYOUT, Process, World
 

@@ -74,7 +74,8 @@ from baton_handoff.pair_client import PairClient
 from baton_handoff.peer_watch import FenceReason
 from baton_handoff.peers import Peers
 from baton_handoff.pulls import PullKey
-from baton_handoff.sink import SinkBook, SinkState
+from baton_handoff.sink import SinkBook
+from baton_handoff.sink_handoff import SinkState
 from baton_handoff.source import SourceBook, SourceState
 from baton_handoff.spans import HandoffTrace
 from baton_handoff.tag import KvShape

@@ -36,7 +36,8 @@ from baton_handoff.fetch_sink import FetchSinkBook, SinkFetch
 from baton_handoff.fetch_source import FetchSourceBook
 from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, FetchEnd, FetchHint, HandoffEnd, HandoffKey, PeerRef, Side
 from baton_handoff.messages import ConfirmReply, Message
-from baton_handoff.sink import SinkBook, SinkHandoff, SinkState
+from baton_handoff.sink import SinkBook
+from baton_handoff.sink_handoff import SinkHandoff, SinkState
 from baton_handoff.source import SourceBook, SourceHandoff, SourceState
 from baton_handoff.tag import KvShape
 from baton_handoff.testing.engine import MiniEngine
