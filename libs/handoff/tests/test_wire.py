@@ -33,6 +33,7 @@ def test_what_a_sink_says_arrives_as_it_was_said(message: object) -> None:
         Begin(KEY, 40, 3, "00-1-2-01"),
         Announce(KEY, 2, (7, 1, 4_000_000_000), 32, 0.5),
         ConfirmReply(KEY, 9, ConfirmAnswer.NOT_PINNED),
+        ConfirmReply(KEY, 9, ConfirmAnswer.CONFIRMED, 0.25),
         CancelHandoff(KEY, "UNKNOWN"),
     ],
 )

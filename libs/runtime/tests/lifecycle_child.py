@@ -1,6 +1,7 @@
 """A service for test_lifecycle.py, run as a process of its own: lifecycle_child.py <mode>. Prints what happens, one word per line."""
 
 import asyncio
+import gc
 import sys
 import threading
 import time
@@ -38,6 +39,8 @@ class ChildService(Service):
         say("ready")
 
     async def drain(self) -> None:
+        if MODE == "tells-interpreter":
+            say(f"{gc.get_freeze_count() > 10_000} {sys.getswitchinterval():.4f}")
         say("draining")
         if MODE == "drain-hangs":
             await asyncio.Event().wait()

@@ -63,6 +63,13 @@ async def test_sigterm_drains_then_closes_in_reverse_order() -> None:
     assert events[0]["event"] == "config_effective"
 
 
+async def test_what_the_start_made_is_not_collected_again_and_threads_take_short_turns() -> None:
+    async with child("tells-interpreter") as service:
+        await service.says("ready")
+        service.process.send_signal(signal.SIGTERM)
+        await service.says("True 0.0010")
+
+
 async def test_second_signal_closes_at_once() -> None:
     async with child("drain-hangs") as service:
         await service.says("ready")
