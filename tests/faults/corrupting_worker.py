@@ -36,13 +36,13 @@ def corrupt_bytes() -> None:
     """One bit of the KV on its way; the checksum was made of the right bytes."""
     send_views = tcp_wire.send_views
 
-    def send(sock: socket.socket, views: Sequence[memoryview], watch: tcp_wire.Watch) -> None:
+    def send(sock: socket.socket, views: Sequence[memoryview], watch: tcp_wire.Watch, num_bytes: int = 0) -> None:
         longest = max(views, key=len)
         if len(longest) >= MIN_BYTES and is_due():
             other = bytearray(longest)
             other[len(other) // 2] ^= 1
             views = [memoryview(other) if view is longest else view for view in views]
-        send_views(sock, views, watch)
+        send_views(sock, views, watch, num_bytes)
 
     tcp_wire.send_views = send  # type: ignore[assignment]
 

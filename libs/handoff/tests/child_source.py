@@ -25,9 +25,9 @@ def end_after_third_batch(number: int) -> None:
     sent = tcp_source.wire.send_views
     count = 0
 
-    def send_views(sock, views, watch):
+    def send_views(sock, views, *rest):
         nonlocal count
-        sent(sock, views, watch)
+        sent(sock, views, *rest)
         is_blocks = sum(view.nbytes for view in views) > 1000  # not a head
         count += is_blocks
         if is_blocks and count == 3:

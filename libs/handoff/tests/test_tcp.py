@@ -132,7 +132,7 @@ async def test_source_that_does_not_know_the_secret_is_not_believed(source, sink
 async def test_secret_never_travels(source, sink, monkeypatch):
     sent = []
     real = tcp_wire.send_views
-    monkeypatch.setattr(tcp_wire, "send_views", lambda sock, views, watch: (sent.extend(bytes(v) for v in views), real(sock, views, watch)))
+    monkeypatch.setattr(tcp_wire, "send_views", lambda sock, views, *rest: (sent.extend(bytes(v) for v in views), real(sock, views, *rest)))
     await sink.open_peer(source.offer())
     assert SECRET not in b"".join(sent)
 
@@ -205,13 +205,13 @@ async def test_next_operation_is_asked_for_while_one_runs(source, sink, monkeypa
     asked = []
     receive_views, send_views = tcp_wire.receive_views, tcp_wire.send_views
 
-    def receive(sock, views, watch):
+    def receive(sock, views, *rest):
         asked.append("blocks") if views[0].nbytes > 1000 else None
-        receive_views(sock, views, watch)
+        receive_views(sock, views, *rest)
 
-    def send(sock, views, watch):
+    def send(sock, views, *rest):
         asked.append("request") if bytes(views[0][:4]) == tcp_wire.REQUEST_MAGIC else None
-        send_views(sock, views, watch)
+        send_views(sock, views, *rest)
 
     monkeypatch.setattr(tcp_wire, "receive_views", receive)
     monkeypatch.setattr(tcp_wire, "send_views", send)
@@ -272,7 +272,7 @@ async def test_reader_that_waits_for_its_turn_is_told_so_and_gets_it(source, mon
     held = [turns.ask() for _ in range(TcpConfig().max_readers)]
     told = []
     send = tcp_wire.send_views
-    monkeypatch.setattr(tcp_wire, "send_views", lambda sock, views, watch: (told.append(views), send(sock, views, watch)))
+    monkeypatch.setattr(tcp_wire, "send_views", lambda sock, views, *rest: (told.append(views), send(sock, views, *rest)))
     async with asyncio.TaskGroup() as group:
         pull = group.create_task(peer.pull([4], [2]))
         await until(lambda: len(told) > 20)  # for longer than the silence it bears
@@ -403,8 +403,8 @@ async def test_checksum_can_be_left_out(source, monkeypatch):
 
 
 def damage_blocks(real):
-    def receive_views(sock, views, watch):
-        real(sock, views, watch)
+    def receive_views(sock, views, *rest):
+        real(sock, views, *rest)
         if views[0].nbytes > 1000:
             views[0][-1] ^= 4
 
@@ -412,11 +412,11 @@ def damage_blocks(real):
 
 
 def swap_blocks(real):
-    def send_views(sock, views, watch):
+    def send_views(sock, views, *rest):
         large = [view for view in views if view.nbytes > 1000]
         if len(large) > 1:
             views = [*views[: views.index(large[0])], *reversed(large), *views[views.index(large[-1]) + 1 :]]
-        real(sock, views, watch)
+        real(sock, views, *rest)
 
     return send_views
 
@@ -502,13 +502,13 @@ def stop_at_blocks(real, event, first=1):
     """Receive as usual until batch number `first` of blocks; that one waits for the event."""
     count = 0
 
-    def receive_views(sock, views, watch):
+    def receive_views(sock, views, *rest):
         nonlocal count
         if views[0].nbytes > 1000:
             count += 1
             if count >= first:
                 assert event.wait(10)
-        real(sock, views, watch)
+        real(sock, views, *rest)
 
     return receive_views
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from baton_contracts.discovery.v1.instance_pb2 import Instance, TransportOffer
 from baton_engine.pool import BlockLayout
-from baton_handoff.transports import PoolMemory, choose, make_transports
+from baton_handoff.transports import PoolMemory, choose, make_transports, tcp_memory, tcp_source
 from baton_handoff.transports.base import MAX_OPERATION_BYTES, PullFailed, TransportUnavailable
 from baton_handoff.transports.nixl import NixlTransport
 from baton_handoff.transports.nixl_library import NixlMissing, load_nixl
@@ -18,7 +18,7 @@ from baton_handoff.transports.operation import merge_runs
 from baton_handoff.transports.reslice import Reslice
 from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
-from baton_handoff.transports.tcp_memory import BlockBytes
+from baton_handoff.transports.tcp_memory import BlockBytes, Landing
 from baton_handoff.transports.tcp_wire import MAX_CALL_BYTES, MAX_CALL_VIEWS
 
 SOURCE, SINK, SECRET = "5" * 16, "d" * 16, bytes(range(16))
@@ -175,8 +175,8 @@ RESLICES = [
 
 @pytest.mark.parametrize(("source_layout", "dest_layout"), RESLICES)
 async def test_units_arrive_where_the_other_layout_has_them_and_others_are_untouched(kind, tmp_path, source_layout, dest_layout):
-    async with resliced(kind, tmp_path, source_layout, dest_layout, 4096) as (source, sink, reslice, peer):
-        num_units = 4096 // reslice.unit_tokens
+    async with resliced(kind, tmp_path, source_layout, dest_layout, 2048) as (source, sink, reslice, peer):
+        num_units = 2048 // reslice.unit_tokens
         source_units, dest_units = (random.Random(seed).sample(range(num_units), num_units // 2) for seed in (1, 2))
         expected = sink.pool.data.copy()
         reslice.copy(expected, dest_units, source.pool.data, source_units)
@@ -194,17 +194,20 @@ async def test_single_units_of_large_blocks_can_be_pulled(kind, tmp_path, ids):
         assert np.array_equal(sink.pool.data, expected)
 
 
-async def test_one_unit_of_each_of_many_large_blocks_is_asked_for_in_several_requests(tmp_path):
+async def test_one_unit_of_each_of_many_large_blocks_is_asked_for_in_several_requests(tmp_path, monkeypatch):
     """The bytes on the wire are many times those wanted; each request keeps to the source's limit."""
-    source_layout, dest_layout = layout(1024, 1), layout(16, 1)  # 2 MiB to 32 KiB
-    async with resliced("tcp", tmp_path, source_layout, dest_layout, 40 * 1024) as (source, sink, reslice, peer):
-        ids = [1 + 64 * block for block in range(40)], list(range(40))
+    source_layout, dest_layout = layout(256, 1), layout(16, 1)  # 512 KiB to 32 KiB
+    for module in (tcp_memory, tcp_source):
+        monkeypatch.setattr(module, "MAX_OPERATION_BYTES", 2 * source_layout.block_bytes)
+    async with resliced("tcp", tmp_path, source_layout, dest_layout, 7 * 256) as (source, sink, reslice, peer):
+        ids = [1 + 16 * block for block in range(7)], list(range(7))
         expected = sink.pool.data.copy()
         reslice.copy(expected, ids[1], source.pool.data, ids[0])
         stats, _ = await asyncio.gather(peer.pull(*ids), peer.pull([0], [100]))
         reslice.copy(expected, [100], source.pool.data, [0])
         assert np.array_equal(sink.pool.data, expected)
-        assert stats.num_bytes == 40 * dest_layout.block_bytes
+        assert stats.num_bytes == 7 * dest_layout.block_bytes
+        assert len(Landing(sink.pool, BlockBytes(sink.pool.data), reslice).parts(np.array(ids[0]), np.array(ids[1]))) == 4
 
 
 async def test_reslice_that_changes_nothing_copies_whole_blocks(workers):
@@ -289,20 +292,20 @@ def test_runs_merge_only_where_both_sides_are_neighbours():
 def test_batches_give_the_blocks_in_order_in_calls_of_bounded_size(block_bytes, ids):
     data = np.random.default_rng(1).integers(0, 256, (6, block_bytes), np.uint8)
     batches = list(BlockBytes(data).batches(np.array(ids)))
-    assert b"".join(bytes(view) for views in batches for view in views) == data[ids].tobytes()
-    assert all(0 < sum(view.nbytes for view in views) <= MAX_CALL_BYTES for views in batches)
+    assert b"".join(bytes(view) for views, _ in batches for view in views) == data[ids].tobytes()
+    assert all(0 < sum(view.nbytes for view in views) == num_bytes <= MAX_CALL_BYTES for views, num_bytes in batches)
     assert len(batches) == -(-len(ids) * block_bytes // MAX_CALL_BYTES)
 
 
 def test_batches_never_hold_more_views_than_a_call_takes():
     data = np.zeros((2000, 8), np.uint8)
     ids = np.arange(0, 2000, 2)
-    assert [len(views) for views in BlockBytes(data).batches(ids)] == [MAX_CALL_VIEWS] * 3 + [1000 - 3 * MAX_CALL_VIEWS]
+    assert [len(views) for views, _ in BlockBytes(data).batches(ids)] == [MAX_CALL_VIEWS] * 3 + [1000 - 3 * MAX_CALL_VIEWS]
 
 
 def test_neighbouring_blocks_are_one_view():
     data = np.zeros((100, 4096), np.uint8)
-    assert [[view.nbytes for view in views] for views in BlockBytes(data).batches(np.arange(10, 60))] == [[50 * 4096]]
+    assert [[view.nbytes for view in views] for views, _ in BlockBytes(data).batches(np.arange(10, 60))] == [[50 * 4096]]
 
 
 def test_memory_with_gaps_is_refused():

@@ -15,8 +15,9 @@ from baton_handoff.transports.operation import BlockIds
 from baton_handoff.transports.reslice import Reslice
 from baton_handoff.transports.tcp_wire import MAX_CALL_BYTES, MAX_CALL_VIEWS
 
-# At most MAX_CALL_BYTES and MAX_CALL_VIEWS, in the order of the bytes.
-Batch: TypeAlias = list[memoryview]
+# At most MAX_CALL_BYTES and MAX_CALL_VIEWS, in the order of the bytes; and how many bytes. A plain tuple, and counted beforehand: asking
+# each view for its length took 4 % of a transfer of 16 KiB blocks.
+Batch: TypeAlias = tuple[list[memoryview], int]
 
 # Views of single blocks that are kept, some 190 bytes each: making them anew took 4 % of a transfer of 16 KiB blocks.
 _MAX_KEPT_VIEWS = 1 << 16
@@ -44,7 +45,8 @@ class BlockBytes:
     def _single_blocks(self, block_ids: list[int]) -> Iterator[Batch]:
         views, step = self._views, min(MAX_CALL_VIEWS, MAX_CALL_BYTES // self._block_bytes)
         for start in range(0, len(block_ids), step):
-            yield [views[block_id] for block_id in block_ids[start : start + step]]
+            ids = block_ids[start : start + step]
+            yield [views[block_id] for block_id in ids], len(ids) * self._block_bytes
 
     def _runs(self, block_ids: BlockIds, firsts: BlockIds) -> Iterator[Batch]:
         # Where the runs start in memory and in the stream of bytes; both are cut at every MAX_CALL_BYTES of the stream.
@@ -59,7 +61,8 @@ class BlockBytes:
         for first, last in pairwise([*np.searchsorted(starts, cuts).tolist(), len(begins)]):
             for start in range(first, last, MAX_CALL_VIEWS):
                 call = slice(start, min(last, start + MAX_CALL_VIEWS))
-                yield [memory[begin:end] for begin, end in zip(begins[call], ends[call], strict=True)]
+                num_call_bytes = sum(ends[call]) - sum(begins[call])
+                yield [memory[begin:end] for begin, end in zip(begins[call], ends[call], strict=True)], num_call_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,13 +153,13 @@ class Connection:
         is_woken_late = left_bytes >= 2 * wire.WAKE_BYTES
         if is_woken_late:
             wire.wake_at(sock, wire.WAKE_BYTES)
-        for views in part.batches():
+        for views, num_bytes in part.batches():
             num_batches += 1
-            left_bytes -= sum(map(len, views))
+            left_bytes -= num_bytes
             if is_woken_late and left_bytes < wire.WAKE_BYTES:
                 is_woken_late = False
                 wire.wake_at(sock, 1)
-            wire.receive_views(sock, views, watch)
+            wire.receive_views(sock, views, watch, num_bytes)
             if self._config.checksum:
                 for view in views:
                     checksum.update(view)

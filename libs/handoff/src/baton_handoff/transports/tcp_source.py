@@ -19,7 +19,7 @@ from baton_handoff.transports import tcp_wire as wire
 from baton_handoff.transports.base import MAX_OPERATION_BYTES
 from baton_handoff.transports.listener import PairListener
 from baton_handoff.transports.operation import BlockIds
-from baton_handoff.transports.tcp_memory import Batch, BlockBytes
+from baton_handoff.transports.tcp_memory import BlockBytes
 from baton_handoff.transports.tcp_turns import Turn, Turns
 from baton_handoff.transports.tcp_wire import ConnectionFailed, Status, TcpConfig, Watch
 
@@ -101,10 +101,10 @@ class TcpSource:
         checksum = xxhash.xxh3_64()
         left_bytes = len(block_ids) * self._pool.block_bytes
         head = [_head(operation, Status.OK)]  # travels with the first bytes, as the checksum does with the last
-        for views in self._memory.batches(block_ids):
-            left_bytes -= sum(map(len, views))
+        for views, num_bytes in self._memory.batches(block_ids):
+            left_bytes -= num_bytes
             if left_bytes:
-                wire.send_views(sock, head + views, watch)
+                wire.send_views(sock, head + views, watch, num_bytes + len(head) * wire.ANSWER.size)
                 # Afterwards: the bytes are in the cache then, and the reader has something to do meanwhile.
                 _add(checksum, views if with_checksum else [])
             else:
@@ -135,7 +135,7 @@ def _head(operation: int, status: Status) -> memoryview:
     return memoryview(wire.ANSWER.pack(wire.ANSWER_MAGIC, operation, status))
 
 
-def _add(checksum: xxhash.xxh3_64, views: Batch) -> None:
+def _add(checksum: xxhash.xxh3_64, views: list[memoryview]) -> None:
     for view in views:
         checksum.update(view)
 

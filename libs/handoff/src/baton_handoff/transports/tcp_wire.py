@@ -156,10 +156,10 @@ def shut(sock: socket.socket) -> None:
         pass  # not connected any more
 
 
-def send_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch) -> None:
-    """Send all of a batch of at most MAX_CALL_VIEWS. Raises: ConnectionFailed."""
-    pending = list(views)
-    while pending:
+def send_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch, num_bytes: int = 0) -> None:
+    """Send all of a batch of at most MAX_CALL_VIEWS. num_bytes: of all of them, if known. Raises: ConnectionFailed."""
+    pending, left_bytes = views, num_bytes or sum(map(len, views))
+    while True:
         began_s = watch.call_began()
         try:
             sent = sock.sendmsg(pending)
@@ -169,13 +169,16 @@ def send_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch) -
         except OSError as error:
             raise ConnectionFailed(f"sending failed after {watch.num_bytes} bytes: {error}") from error
         watch.progressed(began_s, sent)
+        left_bytes -= sent
+        if left_bytes <= 0:
+            return
         pending = _rest(pending, sent)
 
 
-def receive_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch) -> None:
-    """Fill all of a batch of at most MAX_CALL_VIEWS. Raises: ConnectionFailed."""
-    pending = list(views)
-    while pending:
+def receive_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch, num_bytes: int = 0) -> None:
+    """Fill all of a batch of at most MAX_CALL_VIEWS. num_bytes: of all of them, if known. Raises: ConnectionFailed."""
+    pending, left_bytes = views, num_bytes or sum(map(len, views))
+    while True:
         began_s = watch.call_began()
         try:
             received = sock.recvmsg_into(pending, 0, socket.MSG_WAITALL)[0]
@@ -187,6 +190,9 @@ def receive_views(sock: socket.socket, views: Sequence[memoryview], watch: Watch
         if received == 0:
             raise ConnectionFailed(f"connection closed after {watch.num_bytes} bytes")
         watch.progressed(began_s, received)
+        left_bytes -= received
+        if left_bytes <= 0:
+            return
         pending = _rest(pending, received)
 
 
@@ -216,9 +222,7 @@ def _set_tick(sock: socket.socket, option: int, tick_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(tick_s), int(tick_s % 1 * 1e6)))
 
 
-def _rest(views: list[memoryview], done_bytes: int) -> list[memoryview]:
-    if done_bytes == sum(map(len, views)):  # nearly always, and this is what it costs then
-        return []
+def _rest(views: Sequence[memoryview], done_bytes: int) -> list[memoryview]:
     for index, view in enumerate(views):
         if done_bytes < view.nbytes:
             return [view[done_bytes:], *views[index + 1 :]]
