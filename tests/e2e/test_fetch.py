@@ -5,15 +5,18 @@ attended to), so a fetched block with a wrong byte would show.
 """
 
 import asyncio
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from baton_cli import up
 from clients import Answer, received, stream
 from cluster import Cluster, cluster, until
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(120)
 
 BLOCK_TOKENS = 16
 PROMPT = [10 + (7 * i + i // 50) % 200 for i in range(500)]
@@ -27,6 +30,16 @@ def slow(tmp_path: Path) -> str:
     file = tmp_path / "slow.toml"
     file.write_text('description = "slow"\n[prefill_ms]\nper_token = 1.0\n[decode_ms]\nconstant = 5.0\n')
     return str(file)
+
+
+@pytest.fixture
+def sim_model(tmp_path: Path) -> Path:
+    """The demo model's folder with a longer context; the sim engine takes sizes and the tokenizer from it, not the weights."""
+    folder = tmp_path / "roomy"
+    shutil.copytree(up.demo_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return folder
 
 
 def settings(transports: str = "shm,tcp", limit_s: float = 5.0, **more: str) -> dict[str, str]:
@@ -57,10 +70,11 @@ async def fetched(house: Cluster, name: str) -> int:
     return int((await house.metrics(name))["baton_fetched_tokens_total"])
 
 
-async def fetches(house: Cluster, name: str, *outcomes: str) -> float:
-    """Fetches of an instance that ended so."""
-    metrics = await house.metrics(name)
-    return sum(metrics[f'baton_fetches_total{{outcome="{outcome}"}}'] for outcome in outcomes)
+async def fetches(house: Cluster, name: str) -> dict[str, int]:
+    """Fetches of an instance since its start, by how they ended."""
+    prefix = 'baton_fetches_total{outcome="'
+    metrics = (await house.metrics(name)).items()
+    return {label.removeprefix(prefix)[:-2]: int(value) for label, value in metrics if label.startswith(prefix) and value}
 
 
 async def busy_decode(house: Cluster) -> str:
@@ -87,14 +101,14 @@ async def second_turn(house: Cluster, num_answer: int) -> tuple[list[int], Answe
     in_decode = (len(PROMPT) + num_answer - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     assert await fetched(house, "prefill-0") == in_decode, "everything decode had"
     assert await computed(house, "prefill-0") - before == len(prompt) - 1 - in_decode, "and nothing of it was computed"
-    assert await fetches(house, "prefill-0", "fetched") == 1
+    assert await fetches(house, "prefill-0") == {"fetched": 1}
     await house.settled()
     return prompt, answer
 
 
 @pytest.mark.parametrize("transports", ["shm", "tcp"])
-async def test_prefill_fetches_the_first_turn_from_decode(tmp_path: Path, model: Path, slow: str, transports: str) -> None:
-    async with cluster(tmp_path, profile=slow, model=model, environment=settings(transports)) as house:
+async def test_prefill_fetches_the_first_turn_from_decode(tmp_path: Path, sim_model: Path, slow: str, transports: str) -> None:
+    async with cluster(tmp_path, profile=slow, model=sim_model, environment=settings(transports)) as house:
         prompt, answer = await second_turn(house, 100)
         in_decode = (len(PROMPT) + 99) // BLOCK_TOKENS * BLOCK_TOKENS
         assert answer.usage is not None
@@ -116,9 +130,9 @@ async def test_tokens_after_a_fetch_are_those_of_transformers(
 
 @pytest.mark.parametrize("transports", ["shm", "tcp"])
 async def test_decode_killed_in_mid_stream_resumes_on_what_prefill_still_has(
-    tmp_path: Path, model: Path, slow: str, transports: str
+    tmp_path: Path, sim_model: Path, slow: str, transports: str
 ) -> None:
-    async with cluster(tmp_path, profile=slow, model=model, decode=2, environment=settings(transports)) as house:
+    async with cluster(tmp_path, profile=slow, model=sim_model, decode=2, environment=settings(transports)) as house:
         answer = Answer()
         async with asyncio.TaskGroup() as group:
             running = group.create_task(ask(house, PROMPT, 200, answer))
@@ -132,6 +146,7 @@ async def test_decode_killed_in_mid_stream_resumes_on_what_prefill_still_has(
         assert answer.finish_reason == "length"
         assert answer.resumed
         surviving = (len(PROMPT) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert await fetches(house, other) == {"fetched": 1}
         assert await fetched(house, other) == surviving
         new = await computed(house, other) + await computed(house, "prefill-0") - before
         assert new < len(PROMPT) - surviving + delivered + 60, "the prompt was computed again"  # 60: delivered between the two reads
@@ -142,10 +157,10 @@ async def test_decode_killed_in_mid_stream_resumes_on_what_prefill_still_has(
 
 
 async def test_prefill_killed_in_the_middle_is_replaced_by_one_that_fetches_what_decode_confirmed(
-    tmp_path: Path, model: Path, slow: str
+    tmp_path: Path, sim_model: Path, slow: str
 ) -> None:
     environment = settings(BATON_PREFILL_MAX_CHUNK_TOKENS="64")
-    async with cluster(tmp_path, profile=slow, model=model, prefill=2, environment=environment) as house:
+    async with cluster(tmp_path, profile=slow, model=sim_model, prefill=2, environment=environment) as house:
 
         async def partly() -> str | None:
             instances = (await house.report()).instances
@@ -163,9 +178,8 @@ async def test_prefill_killed_in_the_middle_is_replaced_by_one_that_fetches_what
         other = f"prefill-{1 - int(dead[-1])}"
         assert answer.finish_reason == "length"
         confirmed = await fetched(house, other)
-        in_pair = await fetches(house, other, "fetched")
         # Whichever the router found to be sooner: the other prefill fetched, or decode went on by itself; nobody began anew.
-        assert (in_pair == 1 and confirmed > 0) or await computed(house, "decode-0") > 0
+        assert confirmed > 0 or await computed(house, "decode-0") > 0
         assert await computed(house, other) + await computed(house, "decode-0") < len(PROMPT) - 1
         await house.settled(without=(dead,))
         await house.start(dead)
@@ -175,23 +189,22 @@ async def test_prefill_killed_in_the_middle_is_replaced_by_one_that_fetches_what
 
 @pytest.mark.parametrize("transports", ["shm", "tcp"])
 async def test_source_killed_in_the_middle_of_a_fetch_is_not_seen_by_the_client(
-    tmp_path: Path, model: Path, slow: str, transports: str
+    tmp_path: Path, sim_model: Path, slow: str, transports: str
 ) -> None:
-    """Decode-1 fetches from prefill-0 after decode-0 died; prefill-0 dies while the bytes are on their way."""
+    """After a decode instance died another one, whose pulls are slow, fetches from prefill, which dies in the middle of it."""
     watched = tmp_path / "watched"
     watched.mkdir()
-    environment = settings(transports, BATON_WATCHED_FOLDER=str(watched), BATON_WATCHED_PULL_DELAY_S="1.0")
+    environment = settings(transports, limit_s=30.0, BATON_WATCHED_FOLDER=str(watched), BATON_WATCHED_PULL_DELAY_S="4.0")
 
     def slowly(name: str, command: list[str]) -> list[str]:
-        if not name.startswith("decode"):
-            return command
-        return ["/usr/bin/env", f"BATON_WATCHED_NAME={name}", sys.executable, WATCHED_WORKER, "decode"]
+        watch = ["/usr/bin/env", f"BATON_WATCHED_NAME={name}", sys.executable, WATCHED_WORKER, "decode"]
+        return watch if name.startswith("decode") else command
 
-    async with cluster(tmp_path, profile=slow, model=model, decode=2, environment=environment, change=slowly) as house:
+    async with cluster(tmp_path, profile=slow, model=sim_model, decode=2, environment=environment, change=slowly) as house:
         answer = Answer()
         async with asyncio.TaskGroup() as group:
-            running = group.create_task(ask(house, PROMPT, 100, answer))
-            await received(answer, 20)
+            running = group.create_task(ask(house, PROMPT, 200, answer))
+            await received(answer, 20, limit_s=40)  # its own handoff takes two slow pulls, or three
             dead = await busy_decode(house)
             other = f"decode-{1 - int(dead[-1])}"
             await house.kill(dead)
@@ -199,16 +212,12 @@ async def test_source_killed_in_the_middle_of_a_fetch_is_not_seen_by_the_client(
             async def is_fetching() -> bool:
                 return bool((await house.metrics(other))["baton_kv_in_flight_bytes"])
 
-            await until("a fetch in the middle", is_fetching, 10)
+            await until("a fetch in the middle", is_fetching, 20)
             await house.kill("prefill-0")
             await running
         assert answer.finish_reason == "length"
-        assert len(answer.token_ids) == 100
-        assert await fetches(house, other, "fenced", "pull_failed") == 1
+        assert await fetches(house, other) in ({"fenced": 1}, {"pull_failed": 1})
         await house.settled(without=(dead, "prefill-0"))
-        await house.start(dead)
-        await house.start("prefill-0")
-        assert (await ask(house, PROMPT, 100)).token_ids == answer.token_ids
-        await house.settled()
-        kvtransfer = await house.metrics("kvtransfer-0")
-        assert kvtransfer["baton_ledger_mismatch_bytes"] == 0
+        assert (await house.metrics("kvtransfer-0"))["baton_ledger_mismatch_bytes"] == 0
+        assert (await ask(house, PROMPT, 200)).token_ids == answer.token_ids, "all alone, the same tokens"
+        await house.settled(without=(dead, "prefill-0"))
