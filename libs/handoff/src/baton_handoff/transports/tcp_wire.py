@@ -65,7 +65,8 @@ class TcpConfig:
     """Limits of the tcp transport.
 
     silence_limit_s: an operation whose peer sends nothing for so long has failed.
-    operation_limit_s: an operation of at most 32 MiB that takes longer has failed, even if bytes trickle.
+    operation_limit_s: a request of at most 32 MiB that takes longer has failed, even if bytes trickle; and so has one whose turn at
+        the source does not come for so long. An operation is one request, or several where single units of large blocks are wanted.
     connect_limit_s: limit of connecting and, again, of proving the secret.
     checksum: ask for a checksum of every operation and compare it.
     max_connections: peers that may be connected to this source; one each.
