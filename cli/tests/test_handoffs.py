@@ -74,7 +74,10 @@ def test_row_has_pair_bytes_speed_age_and_why() -> None:
     assert (row.transport, row.transport_reason, row.kind) == ("tcp", "tcp: not on the same host", "handoff")
 
 
-def test_side_that_has_not_reported_is_null() -> None:
+def test_side_that_has_not_reported_has_a_name_at_most() -> None:
+    row = row_of(view(sink=side("decode-0", BEGUN, 9), source=side("prefill-0", 0)))
+    assert (row.source, row.source_state, row.source_held_bytes) == ("prefill-0", None, None)
+    assert row.state == "begun"
     row = row_of(view(sink=side("decode-0", BEGUN, 9)))
     assert (row.source, row.source_state, row.source_held_bytes, row.gb_per_s, row.transport) == (None, None, None, None, None)
 

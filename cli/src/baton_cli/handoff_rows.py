@@ -37,14 +37,13 @@ class Row(msgspec.Struct):
 
 def row_of(view: pb.HandoffView) -> Row:
     """What a view says."""
-    source = view.source if view.HasField("source") else None
-    sink = view.sink if view.HasField("sink") else None
+    source, sink = _reported(view.source), _reported(view.sink)
     return Row(
         request_id=view.handoff.request_id,
         attempt=view.handoff.attempt,
         kind="fetch" if view.handoff.is_fetch else "handoff",
-        source=source.instance_id if source is not None else None,
-        sink=sink.instance_id if sink is not None else None,
+        source=view.source.instance_id or None,
+        sink=view.sink.instance_id or None,
         state=state_of(view),
         source_state=_side_state(source),
         sink_state=_side_state(sink),
@@ -62,7 +61,7 @@ def row_of(view: pb.HandoffView) -> Row:
 
 def state_of(view: pb.HandoffView) -> str:
     """One word for both sides."""
-    sides = [side for side, name in ((view.sink, "sink"), (view.source, "source")) if view.HasField(name)]
+    sides = [side for side in (_reported(view.sink), _reported(view.source)) if side is not None]
     if not view.is_live:
         lost = [side for side in sides if side.kind != _ENDED]
         return "lost" if lost or not sides else _outcome(sides[0])
@@ -73,7 +72,11 @@ def state_of(view: pb.HandoffView) -> str:
         return "ending"
     if view.pulled_bytes or any(side.confirmed_bytes for side in sides):
         return "pulling"
-    return "computing" if view.HasField("source") else "begun"
+    return "computing" if _reported(view.source) is not None else "begun"
+
+
+def _reported(side: pb.HandoffSide) -> pb.HandoffSide | None:
+    return side if side.kind else None
 
 
 def _side_state(side: pb.HandoffSide | None) -> str | None:

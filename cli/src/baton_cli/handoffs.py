@@ -22,7 +22,7 @@ from rich.console import Console
 from baton_cli.handoff_rows import Board, Row
 from baton_cli.handoff_text import JsonLines, LiveTable, PlainLines, Silent, document, text
 
-FIRST_LIMIT_S = 2.0  # for the first message of a replica
+FIRST_LIMIT_S = 3.0  # for the first message of a replica
 SILENCE_LIMIT_S = 3.0  # kvtransfer beats every second
 LOST_LIMIT_S = 15.0  # without any replica; `baton up` restarts one within 10 s
 PAUSE_S = 0.2  # after all replicas have failed
@@ -136,7 +136,7 @@ async def run(etcd: str, namespace: str, request: pb.WatchHandoffsRequest, *, is
     await discovery.start()
     try:
         view = discovery.view(discovery_pb.SERVICE_KVTRANSFER)
-        if not await view.synced(FIRST_LIMIT_S * 2):
+        if not await view.synced(FIRST_LIMIT_S):
             raise click.ClickException(f"etcd at {etcd} does not answer; is it running? Name another with --etcd HOST:PORT")
         if not is_watch:
             follower = Follower(view, etcd, request, Silent())

@@ -67,7 +67,7 @@ def test_first_message_is_a_snapshot_of_what_lives(house):
     (view,) = first.snapshot.handoffs
     assert (view.handoff.request_id, view.handoff.attempt, view.handoff.decode_incarnation) == ("r1", 1, "d1")
     assert (view.sink.instance_id, view.sink.held_bytes, view.is_live, view.age_us) == ("decode-0", 800, True, 2_500_000)
-    assert not view.HasField("source")
+    assert (view.source.instance_id, view.source.kind) == ("prefill-0", pb.HANDOFF_EVENT_KIND_UNSPECIFIED)
     assert first.snapshot.dropped_changes == 0
     assert first.revision == 2
 

@@ -131,7 +131,11 @@ class Watches:
         id_.request_id, id_.attempt, id_.decode_incarnation, id_.is_fetch = key
         if handoff.source is not None:
             self._fill_side(view.source, handoff.source)
-        if sink is not None:
+        elif sink is not None:
+            self._name_side(view.source, sink.peer_incarnation)
+        if sink is None and handoff.source is not None:
+            self._name_side(view.sink, handoff.source.peer_incarnation)
+        elif sink is not None:
             self._fill_side(view.sink, sink)
             view.transport, view.pulled_bytes, view.pull_us = sink.transport, sink.pulled_bytes, sink.pull_us
             view.transport_reason = self._transport_reason(sink)
@@ -168,10 +172,13 @@ class Watches:
         watcher.needs_snapshot, watcher.has_begun = False, True
 
     def _fill_side(self, side: pb.HandoffSide, entry: SideEntry) -> None:
-        side.instance_id, side.incarnation = self._directory.instance_id(entry.incarnation), entry.incarnation
+        self._name_side(side, entry.incarnation)
         side.kind, side.outcome = entry.kind, entry.outcome  # type: ignore[assignment]  # numbers of these enums
         side.held_bytes, side.confirmed_bytes = entry.held_bytes, entry.confirmed_bytes
-        side.is_down = self._directory.is_down(entry.incarnation)
+
+    def _name_side(self, side: pb.HandoffSide, incarnation: str) -> None:
+        side.instance_id, side.incarnation = self._directory.instance_id(incarnation), incarnation
+        side.is_down = self._directory.is_down(incarnation)
 
     def _transport_reason(self, sink: SideEntry) -> str:
         account = self._books.accounts.get(sink.incarnation)
