@@ -1,6 +1,7 @@
 """The endpoints over a real server: answers, streams, refusals, cancellation."""
 
 import asyncio
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -450,6 +451,27 @@ async def test_a_client_that_leaves_cancels_in_every_phase(serve: Serve) -> None
         await until(lambda: len(served.records) == 4)
     assert all(started.is_cancelled for started in served.generator.started)
     assert {record.status for record in served.records} == {499}
+
+
+async def test_an_answered_call_leaves_nothing_for_the_collector(serve: Serve) -> None:
+    """It runs seldom (tune_gc): rings of answered calls would take tens of MiB until then."""
+    async with serve() as served:
+        await post(served.url, CHAT)  # what is made once
+        gc.collect()
+        gc.disable()
+        try:
+            for body in (CHAT, {**CHAT, "n": 2}, {**CHAT, "stop": ["o"]}):
+                await post(served.url, body)
+                await stream(served.url, body)
+            served.generator.started.clear()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            found = [thing for thing in gc.garbage if type(thing).__module__.startswith("baton_frontend")]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    assert [type(thing).__name__ for thing in found] == []
 
 
 async def test_a_late_end_after_the_client_left_does_no_harm(serve: Serve) -> None:

@@ -226,6 +226,8 @@ class OpenAIHandlers:
         finally:
             call.cancel()
             _note(record, call)
+            usage, resumed = call.usage(), call.resumed()
+            call.forget()
         if call.failure is not None:
             raise call.failure
         form = _format(planned, call)
@@ -233,7 +235,7 @@ class OpenAIHandlers:
         if planned.body.return_token_ids and planned.endpoint == "chat":
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
         choices = [sink.as_json(index, form, planned.loaded.names) for index, sink in enumerate(sinks)]
-        body = form.response(choices, call.usage(), call.resumed(), extra)
+        body = form.response(choices, usage, resumed, extra)
         return web.Response(body=body, content_type="application/json", headers={"X-Request-Id": call.response_id})
 
     async def _stream(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
@@ -257,6 +259,7 @@ class OpenAIHandlers:
             if writer is not None:
                 writer.close()
             _note(record, call)
+            call.forget()
         if call.failure is not None and not writer.started:
             raise call.failure
         return DirectResponse(writer.keep_alive)

@@ -30,7 +30,7 @@ class Choice(abc.ABC):
         self.call = call
         self.generation = generation
         self.text = text
-        self.handle: GenerationHandle | None = None  # set by Call.submit
+        self.handle: GenerationHandle | None = None  # from Call.submit until the end: it refers back to us
         self.end: GenerationEnd | None = None
 
     @abc.abstractmethod
@@ -126,6 +126,13 @@ class Call:
                 self.on_ended()
             self.wake()
 
+    def forget(self) -> None:
+        """The answer is written, or nobody wants it: let go of choices and writer. A call and what it holds refer to each other, and the
+        collector of such rings runs seldom here (`tune_gc`): thousands of answered calls would be kept until then.
+        """
+        self.choices.clear()
+        self.on_ended = None
+
     def cancel(self) -> None:
         """End what runs. Idempotent."""
         for choice in self.choices:
@@ -180,7 +187,7 @@ class CollectingSink(Choice):
 
     def on_end(self, end: GenerationEnd) -> None:
         """Make the rest of the text."""
-        self.end = end
+        self.end, self.handle = end, None
         if self._token_ids:
             self._shown.append(self.text.push(self._token_ids, None))
         self._shown.append(self.text.finish())
@@ -252,7 +259,7 @@ class StreamSink(Choice):
 
     def on_end(self, end: GenerationEnd) -> None:
         """Write the last text and the finish reason; the call writes what comes after the last choice."""
-        self.end = end
+        self.end, self.handle = end, None
         finish_reason = self.finish_reason
         if finish_reason is not None:
             if not self._has_begun:
