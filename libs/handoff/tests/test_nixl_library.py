@@ -5,7 +5,8 @@ import importlib
 import pytest
 from baton_engine.pool import BlockLayout
 from baton_handoff.transports import PoolMemory, make_transports, nixl, nixl_library
-from baton_handoff.transports.nixl_library import NixlMissing, engine_config, is_emulation_on
+from baton_handoff.transports.nixl_agent import AgentMaker
+from baton_handoff.transports.nixl_library import NixlFailed, NixlMissing, engine_config, is_emulation_on
 
 LAYOUT = BlockLayout(1, 4, 1, 16, "float32")
 
@@ -70,3 +71,42 @@ def test_environment_has_the_last_word_on_emulation(monkeypatch, given, wanted, 
     else:
         monkeypatch.setenv("UCX_PROTO_EMULATION_ENABLE", given)
     assert is_emulation_on(wanted) is is_on
+
+
+class FakeAgent:
+    def __init__(self, name):
+        self.name = name
+        self.is_destroyed = False
+
+    def destroy(self):
+        self.is_destroyed = True
+        return True
+
+
+def test_agents_are_made_one_ahead_and_never_share_a_name():
+    made = []
+    maker = AgentMaker(lambda name: made.append(FakeAgent(name)) or made[-1], "d" * 16)
+    maker.refill()
+    maker.refill()
+    assert [agent.name for agent in made] == [maker.take().name]
+    assert len({maker.take().name for _ in range(9)}) == 9
+    assert all(agent.name.startswith("d" * 16) for agent in made)
+
+
+def test_closed_maker_ends_the_spare_agent_and_makes_no_other():
+    made = []
+    maker = AgentMaker(lambda name: made.append(FakeAgent(name)) or made[-1], "d" * 16)
+    maker.refill()
+    maker.close()
+    maker.refill()
+    assert [agent.is_destroyed for agent in made] == [True]
+
+
+def test_spare_agent_that_cannot_be_made_is_missed_only_when_it_is_needed():
+    def make(name):
+        raise NixlFailed("making an agent", OSError("too many open files"))
+
+    maker = AgentMaker(make, "d" * 16)
+    maker.refill()
+    with pytest.raises(NixlFailed, match="too many open files"):
+        maker.take()
