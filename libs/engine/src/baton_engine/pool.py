@@ -6,7 +6,6 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
