@@ -33,7 +33,7 @@ MODEL = ModelFolder(
 
 
 def test_layout_is_that_of_the_model_in_the_chosen_type() -> None:
-    assert block_layout(MODEL, 16).shape == (2, 2, 16, 2, 8)
+    assert block_layout(MODEL, 16).shape == (1, 2, 2, 16, 2, 8)  # shards first
     assert block_layout(MODEL, 16).block_bytes * 2 == block_layout(MODEL, 16, "float32").block_bytes
     with pytest.raises(ModelFolderError, match="float64"):
         block_layout(MODEL, 16, "float64")
