@@ -106,7 +106,7 @@ async def test_sim_finds_every_byte_right_in_other_blocks_and_shards(prefill: Cu
 async def test_torch_tokens_equal_generate_between_blocks_of_16_and_64_tokens(
     model: Path, tmp_path: Path, generate: Callable[[list[int], int], list[int]]
 ) -> None:
-    decodes = {"decode-0": ((64, 1), "shm"), "decode-1": ((64, 1), "tcp")}
+    decodes = {"decode-0": ((64, 1), "tcp")}
     async with house_of(tmp_path, (16, 1), decodes, engine="torch", model=model) as house:
         batch = prompts(seed=3, lengths=(17, 64, 65, 100, 150))
         answers = await ask(house, batch, NEW_TOKENS)
