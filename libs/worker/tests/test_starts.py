@@ -123,7 +123,7 @@ def test_hint_is_kept_for_those_who_compute_and_must_name_a_life() -> None:
     assert hint is not None
     assert (hint.peer, hint.num_tokens) == (PeerRef("decode-1", "d2", "h:2"), 32)
     start.fetch_from.incarnation = ""
-    with pytest.raises(InvalidArgument, match="fetch_from.incarnation"):
+    with pytest.raises(InvalidArgument, match=r"fetch_from\.incarnation"):
         check(start)
 
 
