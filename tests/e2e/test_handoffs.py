@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, cluster, until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(90)
 PROMPT = list(range(10, 60))
 
 

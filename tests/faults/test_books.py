@@ -83,7 +83,7 @@ async def test_two_replicas_keep_the_same_books_and_status_counts_each_link_once
 async def test_replica_that_comes_late_or_again_has_the_books_right_within_a_second(tmp_path: Path, slow: str, roomy_model: Path) -> None:
     async with cluster(tmp_path, profile=slow, model=roomy_model, kvtransfer=2) as house:
         await house.kill("kvtransfer-1")
-        async with handoff_under_way(house, LONG_PROMPT):
+        async with handoff_under_way(house, LONG_PROMPT * 4):  # still under way when the process has started
             await house.start("kvtransfer-1")
 
             async def both_report() -> float | None:
