@@ -16,6 +16,7 @@ import json
 import logging
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -73,6 +74,7 @@ class Soak:
         self._options = options
         self._folder = folder
         self._began = time.monotonic()
+        self._is_interrupted = False
         self.problems: list[str] = []
 
     def clock(self) -> float:
@@ -80,7 +82,9 @@ class Soak:
         return time.monotonic() - self._began
 
     async def run(self) -> dict[str, Any]:
-        """The whole of it. Returns what goes into the JSON file."""
+        """The whole of it. Returns what goes into the JSON file. SIGINT and SIGTERM end the load; what it has shown is judged all the same."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signum, self._interrupt)
         async with AsyncExitStack() as stack:
             gates = {name: await stack.enter_async_context(proxy()) for name in ("prefill-0", "decode-0")}
             for gate in gates.values():
@@ -117,8 +121,11 @@ class Soak:
         await self._check(house, clients)
         return self._result(watch, clients, faults, load_s)
 
+    def _interrupt(self) -> None:
+        self._is_interrupted = True
+
     def _is_over(self, watch: Watch) -> bool:
-        return watch.handoffs >= self._options.handoffs or 0 < self._options.limit_s <= self.clock()
+        return self._is_interrupted or watch.handoffs >= self._options.handoffs or 0 < self._options.limit_s <= self.clock()
 
     async def _progress(self, watch: Watch, clients: Clients, faults: Faults) -> None:
         before, at = 0, self.clock()
