@@ -82,7 +82,7 @@ class Soak:
         return time.monotonic() - self._began
 
     async def run(self) -> dict[str, Any]:
-        """The whole of it. Returns what goes into the JSON file. SIGINT and SIGTERM end the load; what it has shown is judged all the same."""
+        """The whole of it. Returns what goes into the JSON file. SIGINT and SIGTERM end the load; what it has shown is judged."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signum, self._interrupt)
         async with AsyncExitStack() as stack:
