@@ -47,14 +47,14 @@ class StartPull:
 
 @dataclass(frozen=True, slots=True)
 class StartFetch:
-    """Source of a handoff: the sink, or the instance the frontend named, has more of the prefix than we. Fetch blocks below
-    num_blocks of the sequence, then call `SourceBook.fetch_ended` once, whatever came of it."""
+    """Source of a handoff: the sink, or the instance the frontend named, has more of the prefix than we. Fetch what is missing of the
+    first num_tokens tokens, then call `SourceBook.fetch_ended` once, whatever came of it. hashes: of our own full blocks."""
 
     key: HandoffKey
     peer: PeerRef
     request: EngineRequest
     hashes: Sequence[bytes]
-    num_blocks: int
+    num_tokens: int
     traceparent: str
 
 

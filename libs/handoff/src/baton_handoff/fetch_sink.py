@@ -7,7 +7,7 @@ fetch may end at any time, for any reason, and leave the sequence no worse than 
 """
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -17,6 +17,8 @@ from baton_engine.errors import CacheFull
 
 from baton_handoff.actions import Action, FetchEnded, Report, Send, StartPull
 from baton_handoff.config import HandoffConfig
+from baton_handoff.cut import Cut
+from baton_handoff.fetch_plan import FetchPlan
 from baton_handoff.ids import ConfirmAnswer, EventKind, FailureCause, FetchEnd, FetchOutcome, HandoffKey, Outcome, PeerRef, Side
 from baton_handoff.messages import CancelHandoff, Confirm, ConfirmReply, Fetch, FetchReply
 from baton_handoff.tag import KvShape, fetch_tag
@@ -36,24 +38,27 @@ class FetchState(enum.Enum):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class SinkFetch:
-    """One fetch. Its table has blocks [0, num_blocks) of the sequence:
+    """One fetch. In the source's blocks of the sequence:
 
-    first <= confirmed <= asked <= pulled <= found <= num_blocks
-    [0, first)           our own cached prefix, pinned by being in the table
-    [first, confirmed)   committed
-    [confirmed, pulled)  bytes read, reserved; asked is the end of the Confirm in flight (= confirmed: none is)
+    first <= confirmed <= asked <= pulled <= found
+    [0, first)           our own cached prefix; the head of block first may be in it, too
+    [first, confirmed)   confirmed by the source
+    [confirmed, pulled)  bytes read; asked is the end of the Confirm in flight (= confirmed: none is)
     [pulled, found)      may be pulled
-    [found, num_blocks)  reserved; the source does not have them
+
+    In our own, [0, plan.num_blocks) of the sequence and the fetch's table: [0, committed) cached or filled by what is confirmed,
+    [committed, plan.num_blocks) reserved.
     """
 
     key: HandoffKey
     peer: PeerRef
     priority: Priority
-    hashes: Sequence[bytes]
-    num_blocks: int
+    plan: FetchPlan
     deadline: float
     traceparent: str
     state: FetchState = FetchState.WAITING
+    num_cached: int = 0  # own blocks that were cached when it began
+    committed: int = 0
     first: int = 0
     confirmed: int = 0
     asked: int = 0
@@ -73,6 +78,16 @@ class SinkFetch:
         """Whether it has reserved blocks and asked."""
         return self.state in (FetchState.ASKED, FetchState.PULLING)
 
+    @property
+    def cut(self) -> Cut:
+        """How source and own blocks lie on each other."""
+        return self.plan.cut(self.num_cached)
+
+    @property
+    def num_reserved(self) -> int:
+        """Own blocks reserved while it is begun or draining."""
+        return self.plan.num_blocks - self.committed
+
 
 class FetchSinkBook:
     """All fetches into this worker's cache.
@@ -85,7 +100,6 @@ class FetchSinkBook:
         self._blocks = blocks
         self._shape = shape
         self._config = config
-        self._operation_blocks = max(1, config.operation_bytes // shape.block_bytes)
         self._live: dict[HandoffKey, SinkFetch] = {}
         self._running: dict[int, SinkFetch] = {}
         self._draining: dict[int, SinkFetch] = {}
@@ -114,11 +128,11 @@ class FetchSinkBook:
 
     def quarantined_bytes(self) -> int:
         """As SinkBook.quarantined_bytes."""
-        return sum(fetch.num_blocks - fetch.confirmed for fetch in self._draining.values()) * self._shape.block_bytes
+        return sum(fetch.num_reserved for fetch in self._draining.values()) * self._shape.block_bytes
 
     def in_flight_bytes(self) -> int:
         """Bytes of running operations."""
-        return sum(fetch.pull_end - fetch.pulled for fetch in self._running.values()) * self._shape.block_bytes
+        return sum((fetch.pull_end - fetch.pulled) * fetch.plan.source.block_bytes for fetch in self._running.values())
 
     def next_deadline(self) -> float:
         """When the next fetch has had its time; infinity if there is none."""
@@ -205,13 +219,13 @@ class FetchSinkBook:
     def _ask(self, fetch: SinkFetch) -> None:
         """Take our own blocks, then ask."""
         try:
-            fetch.first = self._reserve(fetch)
+            fetch.num_cached = fetch.committed = self._reserve(fetch)
         except CacheFull:
             return self._end(fetch, FetchOutcome.NO_ROOM)
-        fetch.confirmed = fetch.asked = fetch.pulled = fetch.first
+        fetch.first = fetch.confirmed = fetch.asked = fetch.pulled = fetch.cut.first_block
         fetch.state = FetchState.ASKED
         self._report(fetch, EventKind.BEGUN)
-        if fetch.first == fetch.num_blocks:
+        if not fetch.num_reserved:
             return self._end(fetch, FetchOutcome.FETCHED)  # computed, or fetched for another one, meanwhile
         self._send_fetch(fetch)
 
@@ -221,13 +235,14 @@ class FetchSinkBook:
         Raises: CacheFull.
         """
         keep_free = self._blocks.growth_headroom
+        plan = fetch.plan
         try:
-            return self._blocks.reserve(fetch.key.owner, fetch.hashes, fetch.num_blocks, keep_free=keep_free)
+            return self._blocks.reserve(fetch.key.owner, plan.hashes, plan.num_blocks, keep_free=keep_free)
         except CacheFull as error:
-            fetch.num_blocks -= error.needed - error.available
-            if error.available * self._shape.block_tokens < max(1, self._config.fetch_min_tokens):
+            fetch.plan = plan.shortened(plan.num_blocks - (error.needed - error.available))
+            if error.available * self._shape.block_tokens < max(1, self._config.fetch_min_tokens) or not fetch.plan.num_blocks:
                 raise
-        return self._blocks.reserve(fetch.key.owner, fetch.hashes, fetch.num_blocks, keep_free=keep_free)
+        return self._blocks.reserve(fetch.key.owner, fetch.plan.hashes, fetch.plan.num_blocks, keep_free=keep_free)
 
     def _fetch_reply(self, fetch: SinkFetch | None, peer_incarnation: str, reply: FetchReply) -> None:
         if fetch is None:
@@ -238,7 +253,7 @@ class FetchSinkBook:
             return  # said again
         if not reply.block_ids:
             self._end(fetch, FetchOutcome.NOT_FOUND)
-        elif reply.first_block != fetch.first or len(reply.block_ids) > fetch.num_blocks - fetch.first:
+        elif reply.first_block != fetch.first or len(reply.block_ids) > len(fetch.plan.source_hashes) - fetch.first:
             self._end(fetch, FetchOutcome.DATA_LOSS, tell="UNKNOWN_BLOCKS")
         else:
             fetch.source_ids = reply.block_ids
@@ -254,12 +269,13 @@ class FetchSinkBook:
             self._start_pull(fetch)
 
     def _start_pull(self, fetch: SinkFetch) -> None:
-        start, end = fetch.pulled, min(fetch.found, fetch.pulled + self._operation_blocks)
+        operation_blocks = max(1, self._config.operation_bytes // fetch.plan.source.block_bytes)
+        start, end = fetch.pulled, min(fetch.found, fetch.pulled + operation_blocks)
         self._last_operation += 1
         fetch.operation, fetch.pull_end = self._last_operation, end
         self._running[fetch.operation] = fetch
-        source_ids = fetch.source_ids[start - fetch.first : end - fetch.first]
-        dest_ids = tuple(self._blocks.table(fetch.key.owner)[start:end])
+        block_ids = fetch.source_ids[start - fetch.first : end - fetch.first]
+        source_ids, dest_ids = fetch.cut.units(start, block_ids, self._blocks.table(fetch.key.owner))
         self._out.append(StartPull(fetch.key, fetch.operation, fetch.peer.incarnation, fetch.priority, source_ids, dest_ids))
 
     def _confirm(self, fetch: SinkFetch) -> None:
@@ -275,9 +291,10 @@ class FetchSinkBook:
             is_other = reply.answer is ConfirmAnswer.TAG_MISMATCH
             return self._end(fetch, FetchOutcome.DATA_LOSS if is_other else FetchOutcome.NOT_PINNED, tell=reply.answer.name)
         fetch.confirmed = fetch.asked
-        self._blocks.commit(fetch.key.owner, fetch.confirmed, fetch.hashes)
+        fetch.committed = fetch.cut.own_blocks(fetch.confirmed)
+        self._blocks.commit(fetch.key.owner, fetch.committed, fetch.plan.hashes)
         if fetch.confirmed == fetch.found:
-            self._end(fetch, FetchOutcome.FETCHED if fetch.found == fetch.num_blocks else FetchOutcome.PARTIAL)
+            self._end(fetch, FetchOutcome.PARTIAL if fetch.num_reserved else FetchOutcome.FETCHED)
         else:
             self._report(fetch, EventKind.PROGRESS)
             self._confirm(fetch)
@@ -296,8 +313,8 @@ class FetchSinkBook:
             self._report(fetch, EventKind.ENDED)
         elif was_begun:
             self._release(fetch)
-        num_blocks = fetch.confirmed - fetch.first
-        end = FetchEnd(outcome, num_blocks * self._shape.block_tokens, num_blocks * self._shape.block_bytes)
+        num_tokens = (fetch.committed - fetch.num_cached) * self._shape.block_tokens
+        end = FetchEnd(outcome, num_tokens, (fetch.confirmed - fetch.first) * fetch.plan.source.block_bytes)
         self._out.append(FetchEnded(fetch.key, end))
 
     def _release(self, fetch: SinkFetch) -> None:
@@ -306,20 +323,20 @@ class FetchSinkBook:
         self._report(fetch, EventKind.ENDED)
 
     def _send_fetch(self, fetch: SinkFetch) -> None:
-        hashes = tuple(fetch.hashes[fetch.first : fetch.num_blocks])
-        self._send(fetch, Fetch(fetch.key, fetch.first, hashes, fetch.traceparent))
+        self._send(fetch, Fetch(fetch.key, fetch.first, tuple(fetch.plan.source_hashes[fetch.first :]), fetch.traceparent))
 
     def _send_confirm(self, fetch: SinkFetch) -> None:
-        self._send(fetch, Confirm(fetch.key, fetch.asked, fetch_tag(self._shape, fetch.hashes[fetch.asked - 1])))
+        self._send(fetch, Confirm(fetch.key, fetch.asked, fetch_tag(self._shape, fetch.plan.source_hashes[fetch.asked - 1])))
 
     def _send(self, fetch: SinkFetch, message: Fetch | Confirm | CancelHandoff) -> None:
         self._out.append(Send(fetch.peer.incarnation, message))
 
     def _report(self, fetch: SinkFetch, kind: EventKind) -> None:
         outcome = _OUTCOMES[fetch.outcome] if kind is EventKind.ENDED else None
-        held = 0 if fetch.state is FetchState.OVER else fetch.num_blocks - fetch.confirmed
-        confirmed = fetch.confirmed - fetch.first
-        self._out.append(Report(fetch.key, Side.SINK, kind, fetch.peer.incarnation, held, confirmed, fetch.traceparent, outcome))
+        held = 0 if fetch.state is FetchState.OVER else fetch.num_reserved
+        confirmed, block_bytes = fetch.confirmed - fetch.first, fetch.plan.source.block_bytes
+        peer = fetch.peer.incarnation
+        self._out.append(Report(fetch.key, Side.SINK, kind, peer, held, confirmed, fetch.traceparent, outcome, block_bytes))
 
 
 _OUTCOMES = {

@@ -18,10 +18,11 @@ from prometheus_client import CollectorRegistry, Counter
 
 from baton_handoff.actions import Action, FetchEnded
 from baton_handoff.config import HandoffConfig
+from baton_handoff.fetch_plan import FetchPlan, plan_fetch
 from baton_handoff.fetch_policy import FetchPolicy
 from baton_handoff.fetch_sink import FetchSinkBook, SinkFetch
 from baton_handoff.fetch_source import FetchSourceBook
-from baton_handoff.ids import FetchEnd, FetchHint, FetchOutcome, HandoffKey, PeerRef
+from baton_handoff.ids import FetchEnd, FetchOutcome, HandoffKey, PeerRef
 from baton_handoff.peers import Peers
 from baton_handoff.spans import PullTotals, is_sampled
 from baton_handoff.tag import KvShape
@@ -116,31 +117,25 @@ class Fetches:
         """Hashes of the full blocks of all tokens but the last."""
         return self._shape.hashes(request)
 
-    def wanted_blocks(self, hashes: Sequence[bytes], hint: FetchHint) -> int:
-        """End of the blocks to fetch from where they are believed to be; 0: leave it."""
-        block_tokens = self._shape.block_tokens
-        num_blocks = min(hint.num_tokens // block_tokens, len(hashes))
-        missing = num_blocks - self._blocks.match_prefix(hashes[:num_blocks])
-        return num_blocks if self.is_wanted(hint.peer.incarnation, missing * block_tokens) else 0
+    def plan(self, request: EngineRequest, peer: PeerRef, hashes: Sequence[bytes], num_tokens: int) -> FetchPlan:
+        """What to fetch from a peer that has num_tokens. hashes: of all own full blocks of the request."""
+        layout = self._peers.introductions.layout_of(peer.incarnation) or self._shape.layout
+        return plan_fetch(self._shape, layout, request, hashes, num_tokens)
+
+    def missing_tokens(self, plan: FetchPlan) -> int:
+        """Of the plan's, those that are not cached here now."""
+        return plan.num_tokens - self._blocks.match_prefix(plan.hashes) * self._shape.block_tokens
 
     def start(
-        self,
-        request: EngineRequest,
-        peer: PeerRef,
-        hashes: Sequence[bytes],
-        num_blocks: int,
-        traceparent: str,
-        on_end: Callable[[FetchEnd], None],
-        now: float,
+        self, request: EngineRequest, peer: PeerRef, plan: FetchPlan, traceparent: str, on_end: Callable[[FetchEnd], None], now: float
     ) -> list[Action]:
-        """Fetch what is missing of blocks [0, num_blocks); on_end, once, when the actions are performed or later."""
-        missing = (num_blocks - self._blocks.match_prefix(hashes[:num_blocks])) * self._shape.block_tokens
+        """Fetch what is missing of a plan; on_end, once, when the actions are performed or later."""
+        missing = self.missing_tokens(plan)
         fetch = SinkFetch(
             key=self.key(request),
             peer=peer,
             priority=request.priority,
-            hashes=hashes[:num_blocks],
-            num_blocks=num_blocks,
+            plan=plan,
             deadline=now + self.policy.limit_s(missing),
             traceparent=traceparent,
         )

@@ -250,11 +250,11 @@ class HandoffManager:
         if not self._is_open:
             return on_end(FetchEnd(FetchOutcome.NO_SOURCE))
         now = self.notice()
-        hashes = self._fetches.hashes(request)
-        num_blocks = self._fetches.wanted_blocks(hashes, hint)
-        if not num_blocks:
+        fetches = self._fetches
+        plan = fetches.plan(request, hint.peer, fetches.hashes(request), hint.num_tokens)
+        if not fetches.is_wanted(hint.peer.incarnation, fetches.missing_tokens(plan)):
             return on_end(FetchEnd(FetchOutcome.NO_SOURCE))
-        self._perform(self._fetches.start(request, hint.peer, hashes, num_blocks, traceparent, on_end, now))
+        self._perform(fetches.start(request, hint.peer, plan, traceparent, on_end, now))
 
     def cancel(self, request_id: str, attempt: int, reason: str) -> None:
         """This attempt and all lower ones are over; one that has not arrived will be STALE for 60 s. reason: UPPER_SNAKE; DEADLINE
@@ -489,9 +489,8 @@ class HandoffManager:
             self._perform(self._source.fetch_ended(action.key, end, self._clock()))
 
         fetches = self._fetches
-        self._perform(
-            fetches.start(action.request, action.peer, action.hashes, action.num_blocks, action.traceparent, on_end, self._clock())
-        )
+        plan = fetches.plan(action.request, action.peer, action.hashes, action.num_tokens)
+        self._perform(fetches.start(action.request, action.peer, plan, action.traceparent, on_end, self._clock()))
 
     def _start_engine(self, action: StartEngine) -> None:
         try:

@@ -94,12 +94,10 @@ class Peers:
         client.used_at = now
 
     def may_fetch_from(self, incarnation: str) -> bool:
-        """Whether a fetch from there could begin at once: introduced, blocks of the same size, nothing known against it."""
+        """Whether a fetch from there could begin at once: introduced, nothing known against it."""
         known = self.introductions.get(incarnation)
         if known is None or not known.secrets or known.refusal:
             return False
-        if known.peer.layout.block_tokens != self._own().layout.block_tokens:
-            return False  # its hashes are of other blocks
         client = self.clients.get(incarnation)
         return client is None or client.watch is None or client.watch.judge(self._clock())[0] is PeerState.OK
 

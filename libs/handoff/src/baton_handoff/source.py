@@ -382,7 +382,8 @@ class SourceBook:
         peer, num_blocks = source
         handoff.state = SourceState.FETCHING
         key = self._fetch_key(handoff)
-        self._out.append(StartFetch(key, peer, handoff.request, handoff.hashes, num_blocks, handoff.traceparent))
+        num_tokens = num_blocks * self._shape.block_tokens
+        self._out.append(StartFetch(key, peer, handoff.request, handoff.hashes, num_tokens, handoff.traceparent))
 
     def _compute(self, handoff: SourceHandoff) -> None:
         handoff.state = SourceState.COMPUTING

@@ -11,6 +11,7 @@ from baton_engine.pool import BlockLayout
 
 from baton_handoff.actions import Action, FetchEnded, Report, Send, StartPull
 from baton_handoff.config import HandoffConfig
+from baton_handoff.fetch_plan import FetchPlan
 from baton_handoff.fetch_sink import FetchSinkBook, SinkFetch
 from baton_handoff.fetch_source import FetchSourceBook
 from baton_handoff.ids import FailureCause, FetchEnd, HandoffKey, PeerRef, Side
@@ -98,8 +99,7 @@ class Net:
             key=key,
             peer=ref,
             priority=Priority.INTERACTIVE,
-            hashes=hashes,
-            num_blocks=len(hashes),
+            plan=FetchPlan(LAYOUT, LAYOUT, hashes, hashes),
             deadline=self.now + LIMIT_S,
             traceparent="",
         )

@@ -32,6 +32,7 @@ from baton_handoff.actions import (
     StartPull,
 )
 from baton_handoff.config import HandoffConfig
+from baton_handoff.fetch_plan import plan_fetch
 from baton_handoff.fetch_sink import FetchSinkBook, SinkFetch
 from baton_handoff.fetch_source import FetchSourceBook
 from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, FetchEnd, FetchHint, HandoffEnd, HandoffKey, PeerRef, Side
@@ -115,9 +116,9 @@ class Process:
         shape = KvShape(self.incarnation, "model", layout, BLOCK_TOKENS)
 
         def wants_fetch(incarnation: str, num_tokens: int) -> bool:
-            layout_there = layout_of(incarnation)
-            return fetches and incarnation != self.incarnation and (layout_there is None or layout_there.block_tokens == self.block_tokens)
+            return fetches and incarnation != self.incarnation
 
+        self.shape = shape
         self.source = SourceBook(self.blocks, shape, config, layout_of, wants_fetch)
         self.fetch_source = FetchSourceBook(self.blocks, shape, config)
         self.fetch_sink = FetchSinkBook(self.blocks, shape, config)
@@ -568,8 +569,7 @@ class World:
             key=action.key,
             peer=action.peer,
             priority=action.request.priority,
-            hashes=action.hashes[: action.num_blocks],
-            num_blocks=action.num_blocks,
+            plan=plan_fetch(process.shape, self._layout_of(action.peer.incarnation), action.request, action.hashes, action.num_tokens),
             deadline=self.now + FETCH_LIMIT_S,
             traceparent=action.traceparent,
         )
