@@ -3,6 +3,7 @@
 import pytest
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import EndReason, StepOutput
+from baton_handoff.ids import HandoffKey
 from baton_worker.cancels import CancelPhase
 
 from .test_dispatch import KEY, Rig
@@ -90,6 +91,19 @@ def test_sink_is_freed_when_its_operation_has_returned(rig: Rig) -> None:
     cancel(rig)
     rig.now += 0.03
     rig.engine.blocks.release(KEY)
+    assert measured(rig) == {"transferring": (1, pytest.approx(0.03))}
+
+
+def test_source_that_fetches_is_freed_when_its_own_blocks_and_those_of_the_fetch_are(rig: Rig) -> None:
+    fetch = HandoffKey(*KEY, "me", is_fetch=True)
+    rig.start("prefill_for")
+    rig.engine.blocks.acquire(KEY, [], 4)
+    rig.engine.blocks.reserve(fetch, [], 2)
+    cancel(rig)
+    rig.engine.blocks.release(KEY)
+    assert not measured(rig)
+    rig.now += 0.03
+    rig.engine.blocks.release(fetch)
     assert measured(rig) == {"transferring": (1, pytest.approx(0.03))}
 
 

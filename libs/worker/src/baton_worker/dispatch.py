@@ -249,6 +249,8 @@ class Dispatcher:
         work, blocks = attempt.start.request.work, self._engine.blocks
         if attempt.has_token or (attempt.is_in_engine and work is Work.DECODE_ONLY):
             return CancelPhase.DECODING
+        if self._cancel_times.fetches(key):
+            return CancelPhase.TRANSFERRING
         if work is Work.WHOLE:
             return CancelPhase.COMPUTING if attempt.first_step_at else CancelPhase.QUEUED
         if blocks.has_table(key):
