@@ -12,11 +12,11 @@ from baton_contracts.discovery.v1.instance_pb2 import Service as ServiceKind
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
 from baton_contracts.worker.v1.handoff_service_pb2_grpc import add_HandoffServiceServicer_to_server
 from baton_engine.api import EndReason as EngineEnd
-from baton_engine.api import EngineRequest, SamplingParams, SequenceEnd, SequenceKey, Work
+from baton_engine.api import EngineRequest, SamplingParams, SequenceEnd, SequenceKey, StepOutput, Work
 from baton_engine.factory import build_engine
 from baton_engine.sim_pattern import expected_block_bytes
 from baton_handoff.config import HandoffConfig
-from baton_handoff.ids import EndReason, HandoffEnd, PeerRef
+from baton_handoff.ids import EndReason, FetchHint, FetchOutcome, HandoffEnd, PeerRef
 from baton_handoff.manager import HandoffManager
 from baton_handoff.testing.worker import ROOT, layout_record
 from baton_handoff.transports import PoolMemory, make_transports
@@ -198,6 +198,40 @@ async def test_prompts_arrive_byte_for_byte_in_other_blocks_and_shards(p_cut: tu
         assert {end.reason for end in d.decoded.values()} == {EngineEnd.LENGTH}, "the sim verifies what it attends to"
         await wait_until(lambda: p.holds_nothing() and d.holds_nothing())
         assert d.manager.stranded_bytes() == 0
+
+
+@needs_shm
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+@pytest.mark.parametrize(
+    ("p_cut", "d_cut"),
+    [((8, 1), (8, 1)), ((8, 2), (8, 1)), ((8, 1), (32, 1)), ((32, 1), (8, 1)), ((32, 4), (16, 2))],
+    ids=lambda cut: f"{cut[0]}x{cut[1]}",
+)
+async def test_cached_blocks_are_fetched_byte_for_byte_in_other_blocks_and_shards(
+    p_cut: tuple[int, int], d_cut: tuple[int, int], name: str
+) -> None:
+    """P has computed 200 tokens, D the first 40 of them: D fetches what it lacks, as far as both have whole blocks."""
+    tokens, step = prompt(1, 200), max(p_cut[0], d_cut[0])
+    async with pair([name], [name], p_cut=p_cut, d_cut=d_cut) as (p, d):
+        p.engine.start(request("p", tokens, Work.WHOLE))
+        d.engine.start(request("d", tokens[:41], Work.WHOLE))
+        await wait_until(lambda: "p" in p.decoded and "d" in d.decoded)
+        d.manager.on_output(StepOutput(step=0, prefill_tokens=100, duration_s=100.0))  # from now on a fetch is worth it
+        wanted, ends = request("r", tokens, Work.WHOLE), []
+        d.manager.start_fetch(wanted, FetchHint(p.ref(), 200), "", ends.append)
+        await wait_until(lambda: ends)
+        end, own = 199 // step * step, 40 // d_cut[0] * d_cut[0]
+        assert (ends[0].outcome, ends[0].num_tokens) == (FetchOutcome.FETCHED, end - own)
+        d.engine.start(wanted)
+        await wait_until(lambda: "r" in d.decoded)
+        assert d.decoded["r"].cached_tokens == end
+        assert d.decoded["r"].reason is EngineEnd.LENGTH, "the sim verifies what it attends to"
+        num_blocks = end // d_cut[0]
+        assert d.engine.blocks.acquire("look", d.manager._fetches.hashes(wanted), num_blocks) == num_blocks
+        for index, block in enumerate(d.engine.blocks.table("look")):
+            assert (d.engine.pool.data[block] == expected_block_bytes(d.layout, wanted.token_ids[:199], index)).all()
+        d.engine.blocks.release("look")
+        await wait_until(lambda: p.holds_nothing() and d.holds_nothing())
 
 
 @needs_shm

@@ -282,9 +282,10 @@ def test_excluded_and_fenced_instances_are_not_fetched_from() -> None:
     assert not house.ask(**asked).placement.HasField("fetch_from")
 
 
-def test_blocks_of_another_size_are_not_fetched() -> None:
+@pytest.mark.parametrize(("factor", "is_possible"), [(2, True), (3, False)])
+def test_blocks_of_another_size_are_fetched_if_one_is_a_multiple_of_the_other(factor: int, is_possible: bool) -> None:
     house = House()
-    holder = house.add("d0", discovery.SERVICE_DECODE, block_tokens=2 * BLOCK, waiting_prefill_tokens=100_000)
-    house.add("d1", discovery.SERVICE_DECODE)
-    house.index.store(holder.bit, hashes(960)[1::2])
-    assert not house.ask(num_tokens=1000, attempt=2, chain=hashes(1000)).placement.HasField("fetch_from")
+    holder = house.add("d0", discovery.SERVICE_DECODE, block_tokens=factor * BLOCK, waiting_prefill_tokens=100_000)
+    house.add("d1", discovery.SERVICE_DECODE, block_tokens=BLOCK if is_possible else 2 * BLOCK)
+    house.index.store(holder.bit, hashes(960)[factor - 1 :: factor])
+    assert house.ask(num_tokens=1000, attempt=2, chain=hashes(1000)).placement.HasField("fetch_from") == is_possible

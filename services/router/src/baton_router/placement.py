@@ -131,7 +131,7 @@ class Placer:
             end = min(cached[holder.incarnation], num_tokens)
             if not 0 < self._config.fetch_min_tokens <= end - own:
                 return None  # nor has any further one
-            if holder is w or holder.kv_kind != w.kv_kind:
+            if holder is w or not self._fleet.can_exchange(holder, w):
                 continue
             layout = w.record.layout
             fetch_us = FETCH_OVERHEAD_US + self._move_us((end - own) * layout.block_bytes / max(1, layout.block_tokens))
