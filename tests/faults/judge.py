@@ -32,6 +32,7 @@ class Result:
     states: dict[str, int] = field(default_factory=dict)
     num_held: int = 0  # of them, sides that held blocks and live on
     free_s: float | None = None  # until the last of those was free; None: there was none, or nobody had to let go
+    worst: str = ""  # who that was, in which state, from when on it held blocks
     woken_free_s: float | None = None  # from the waking of a stopped one until it held nothing it had held before
     fences: int = 0
     requests: dict[str, int] = field(default_factory=dict)
@@ -92,13 +93,12 @@ def judge_blocks(history: History, cell: Cell, result: Result, t0: float, t_mend
         result.num_held += 1
         free_at = track.free_at(since, also_decoding=also_decoding)
         took = None if free_at is None else round(free_at - t0, 3)
+        state, held = track.at(since)
+        what = f"{track.instance} held {held} blocks ({track.side} {state}, {track.request}) from {since - t0:.3f} s on"
         if took is None or took > LAW_2_S:
-            state, held = track.at(since)
-            result.problems.append(
-                f"{track.instance} held {held} blocks ({track.side} {state}, request {track.request}) for {took} s after the strike"
-            )
-        if took is not None:
-            result.free_s = max(result.free_s or 0.0, took)
+            result.problems.append(f"{what} for {took} s after the strike")
+        if took is not None and took >= (result.free_s or 0.0):
+            result.free_s, result.worst = took, what
     if cell.fault.is_stop:
         _judge_woken(history, cell, result, t0, t_mended)
 

@@ -22,10 +22,11 @@ from load import Kind, Load, Oracle, Tally
 WATCHED_S = 6.0  # from the strike, if it is mended by then
 DRAIN_LIMIT_S = 40.0
 READY_LIMIT_S = 20.0
-STATE_LIMIT_S = 6.0
+STATE_LIMIT_S = 10.0
 SAMPLE_S = 0.2
 NICE = -10
 FENCES = "baton_handoff_fences_total"
+DISAGREED = 'baton_books_handoffs_total{agreement="disagreed"}'
 # Attempts that ended because there was no room; that is nobody's fault.
 MADE_WAY = ('baton_attempts_total{outcome="preempted"', 'baton_attempts_total{outcome="refused"')
 
@@ -50,7 +51,7 @@ ENVIRONMENT = {
     "BATON_PREFILL_NUM_BLOCKS": "500",
     "BATON_DECODE_NUM_BLOCKS": "400",
     "BATON_PREFILL_MAX_CHUNK_TOKENS": "512",
-    "BATON_WATCHED_PULL_DELAY_S": "0.05",
+    "BATON_WATCHED_PULL_DELAY_S": "0.08",
     "BATON_PREFILL_LOG_LEVEL": "debug",
     "BATON_DECODE_LOG_LEVEL": "debug",
 }
@@ -203,8 +204,10 @@ class House:
             if not is_mended and not cell.fault.is_partition and name in cell.victims:
                 continue
             values = await self._metrics(name)
-            stranded += values.get("baton_kv_stranded_bytes", 0.0)
-            mismatch += values.get("baton_ledger_mismatch_bytes", 0.0)
+            if values and is_worker(name):
+                stranded += values["baton_kv_stranded_bytes"]
+            elif values:
+                mismatch += values["baton_ledger_mismatch_bytes"]
         result.max_stranded_bytes = max(result.max_stranded_bytes, stranded)
         result.max_mismatch_bytes = max(result.max_mismatch_bytes, mismatch)
         late = time.monotonic() - t0
@@ -233,10 +236,10 @@ class House:
 
     async def _counters(self) -> dict[str, dict[str, float]]:
         """By instance, what only rises."""
-        wanted = (FENCES, "baton_handoff_data_loss_total", 'baton_attempts_total{outcome="engine_error"', *MADE_WAY)
+        wanted = (FENCES, DISAGREED, "baton_handoff_data_loss_total", 'baton_attempts_total{outcome="engine_error"', *MADE_WAY)
         found = {}
         for name, child in self.cluster.children.items():
-            if is_worker(name) and child.is_running:
+            if (is_worker(name) or name.startswith("kvtransfer")) and child.is_running:
                 values = await self._metrics(name)
                 found[name] = {want: _sum(values, want) for want in wanted}
         return found
