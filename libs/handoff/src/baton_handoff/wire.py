@@ -214,6 +214,8 @@ def _fetch_reply_to_proto(reply: FetchReply) -> pb.FetchReply:
 
 def _fetch_reply_from_proto(reply: pb.FetchReply) -> FetchReply:
     key, kind = key_from_proto(reply.handoff), reply.WhichOneof("answer")
+    if not key.is_fetch:
+        raise ProtocolError("fetch_reply.handoff", "is not a fetch's identity")
     if kind == "none":
         return FetchReply(key, 0, (), reply.none.reason or "NOT_CACHED")
     if kind != "found" or not reply.found.source_block_ids or len(reply.found.source_block_ids) % 4:
