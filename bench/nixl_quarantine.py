@@ -40,6 +40,7 @@ from typing import Any
 
 os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
 os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
+os.environ.setdefault("UCX_HANDLE_ERRORS", "none")  # a process that UCX aborts is gone at once
 if not Path("/sys/class/infiniband").is_dir():
     os.environ.setdefault("UCX_MODULES", "^ib")
     os.environ.setdefault("UCX_NET_DEVICES", "lo")  # other interfaces may come and go meanwhile
@@ -93,13 +94,20 @@ def make_agent(name: str, pool: Pool) -> Any:
     return agent
 
 
+class ReaderFailed(Exception):
+    """A reader's process did not get to read."""
+
+
 class Reader:
     """An agent of this process with a source's pool prepared."""
 
     def __init__(self, pool: Pool, metadata: bytes, address: int) -> None:
         self.pool = pool  # stays mapped as long as it may be written
         self.agent = make_agent(f"reader-{os.getpid()}-{random.getrandbits(40)}", pool)
-        self.remote = self.agent.add_remote_agent(metadata)
+        try:
+            self.remote = self.agent.add_remote_agent(metadata)
+        except Exception as error:  # nixl's errors have no common base
+            raise ReaderFailed(f"{type(error).__name__} when the source's agent was added") from error
         row = lambda start: np.array([[start, BLOCK_BYTES, 0, BLOCK_BYTES, NUM_BLOCKS]], np.uint64)  # noqa: E731
         self.here = self.agent.prep_xfer_dlist("NIXL_INIT_AGENT", row(pool.ctypes.data), "DRAM")
         self.there = self.agent.prep_xfer_dlist(self.remote, row(address), "DRAM")
@@ -130,7 +138,7 @@ class Reader:
         if state == "PROC":
             state = self.wait(20.0)
         if state != "DONE":
-            raise RuntimeError(f"the source cannot be read: {state}")
+            raise ReaderFailed(f"{state} instead of the first blocks")
         self.transfer.release()
 
     def give_up(self, way: str) -> None:
@@ -144,10 +152,6 @@ class Reader:
         if way == "destroy":
             self.transfer = self.here = self.there = self.agent = None
             gc.collect()
-
-
-class ReaderFailed(Exception):
-    """A reader's process did not get to read."""
 
 
 class Source:
@@ -294,9 +298,14 @@ def measure(transports: str, num_trials: int) -> list[Case]:
         for way in WAYS:
             case = Case(transports, f"source stopped {moment}", way)
             cases.append(case)
-            for _ in range(num_trials):
+            while case.trials < num_trials:
                 with living_source(kept) as source:
-                    stopped_source(case, dest, source, rng)
+                    try:
+                        stopped_source(case, dest, source, rng)
+                    except ReaderFailed as error:
+                        print(f"not counted: {error}", file=sys.stderr)
+                        source.end()
+            print(table([asdict(case)]).splitlines()[1], file=sys.stderr)
     for way in ("killed", "stopped, killed", "destroy"):
         case = Case(transports, "reader leaves in the middle", way)
         cases.append(case)
@@ -308,6 +317,7 @@ def measure(transports: str, num_trials: int) -> list[Case]:
                 print(f"not counted: {error}", file=sys.stderr)
             finally:
                 source.end()
+        print(table([asdict(case)]).splitlines()[1], file=sys.stderr)
     for source in kept:
         source.end()
     return cases
