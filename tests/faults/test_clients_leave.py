@@ -27,25 +27,26 @@ LONG_PROMPT = [10 + i % 150 for i in range(3000)]
 # One step of the slow profile, by what a worker does for the request when its client leaves. Queued work holds nothing; in a transfer the
 # source lets go at once, and the sink when its operation returns, a copy of a few KiB here.
 STEP_S = {"queued": 0.0, "computing": 0.25, "transferring": 0.0, "decoding": 0.01}
-# The 50 ms of law 6: the frontend's part of them, the workers' part.
-FRONTEND_S, WORKER_S = 0.01, 0.04
-TRIES = 5  # on two shared cores a process may not run for longer than 50 ms: the bound is for the median
+LAW_S = 0.05  # beside the step, from the client's leaving to free blocks
+FRONTEND_S = 0.02  # of it, at most what passes in the frontend
+TRIES = 5  # on two shared cores a process may not run for longer than 50 ms: the bounds are for the median
 
 
 @dataclass
 class Times:
-    """What one or more clients' leaving took, in seconds; per try."""
+    """What clients' leaving took, in seconds; per try."""
 
-    frontend: list[float] = field(default_factory=list)  # until the last Cancel was on its stream
+    frontend: list[float] = field(default_factory=list)  # until a Cancel was on its stream
     workers: dict[str, list[float]] = field(default_factory=dict)  # from Cancel to free blocks, by what the worker did
+    both: dict[str, list[float]] = field(default_factory=dict)
     is_free_in_time: list[bool] = field(default_factory=list)  # what the look from outside found
 
     def check(self, *phases: str) -> None:
         """The law, for what must have been measured and what else was."""
         assert set(phases) <= set(self.workers), (phases, self)
         assert median(self.frontend) <= FRONTEND_S, self
-        for phase, seconds in self.workers.items():
-            assert median(seconds) <= STEP_S[phase] + WORKER_S, (phase, self)
+        for phase, seconds in self.both.items():
+            assert median(seconds) <= STEP_S[phase] + LAW_S, (phase, self)
         if self.is_free_in_time:
             assert sum(self.is_free_in_time) * 2 > len(self.is_free_in_time), self
 
@@ -94,11 +95,14 @@ class Watch:
             await asyncio.sleep(look_after_s)  # the law's own time
             self.times.is_free_in_time.append(await self.is_free())
         after = await until("the workers to have measured it", lambda: self._measured_since(before, cancels, others), 5)
-        self.times.frontend.append(after["frontend"][1] - before["frontend"][1])  # of both Cancels together: the last took less
+        frontend = (after["frontend"][1] - before["frontend"][1]) / cancels
+        self.times.frontend.append(frontend)
         for phase in STEP_S:
             count = after[phase][0] - before[phase][0]
             if count:
-                self.times.workers.setdefault(phase, []).append((after[phase][1] - before[phase][1]) / count)
+                worker = (after[phase][1] - before[phase][1]) / count
+                self.times.workers.setdefault(phase, []).append(worker)
+                self.times.both.setdefault(phase, []).append(frontend + worker)
 
     async def _measured_since(
         self, before: dict[str, tuple[float, float]], cancels: int, others: int
@@ -151,7 +155,7 @@ async def test_a_client_that_leaves_frees_its_blocks_in_a_step_and_50_ms(tmp_pat
             # While decode reserves, prefill computes: its step is the one that counts then.
             step_s = STEP_S["decoding" if phase == "decoding" else "computing"]
             cancels = 1 if phase == "decoding" else 2  # prefill is done by then
-            await watch.leaves(running, cancels=cancels, look_after_s=step_s + FRONTEND_S + WORKER_S)
+            await watch.leaves(running, cancels=cancels, look_after_s=step_s + LAW_S)
         watch.times.check(phase)
 
 
@@ -160,7 +164,7 @@ async def test_a_source_whose_sink_hangs_lets_go_at_once_when_the_client_leaves(
     async with watched(tmp_path, slow, roomy_model) as watch:
         freed: list[float] = []
         for attempt in range(TRIES):
-            running = ask(watch, [20 + attempt, *LONG_PROMPT[:200]])
+            running = ask(watch, [20 + attempt, *LONG_PROMPT[:600]])
             await until("computing", watch.computing, 10)
             watch.house.signal("decode-0", signal.SIGSTOP)
             await until("computed", watch.computed, 1.5)
@@ -170,7 +174,7 @@ async def test_a_source_whose_sink_hangs_lets_go_at_once_when_the_client_leaves(
             freed.append(await until("freed", lambda before=before: _transfer_freed(watch.house, before), 1.0))
             watch.house.signal("decode-0", signal.SIGCONT)
             await until("decode is back", lambda: _is_back(watch), 10)
-        assert median(freed) <= STEP_S["transferring"] + WORKER_S, freed
+        assert median(freed) <= STEP_S["transferring"] + LAW_S - FRONTEND_S, freed
 
 
 async def _transfer_freed(house: Cluster, before: dict[str, float]) -> float | None:
