@@ -300,10 +300,10 @@ def test_no_busy_history_breaks_a_law(first_seed: int) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("first_seed", range(0, 400, 100))
+@pytest.mark.parametrize("first_seed", range(0, 300, 50))
 def test_no_busy_history_with_fetches_breaks_a_law(first_seed: int) -> None:
     num_fetched = 0
-    for seed in range(first_seed, first_seed + 100):
+    for seed in range(first_seed, first_seed + 50):
         history = RandomHistory(seed, fetches=True)
         try:
             history.run()
@@ -311,7 +311,7 @@ def test_no_busy_history_with_fetches_breaks_a_law(first_seed: int) -> None:
             error.add_note(f"RandomHistory({seed}, fetches=True).run()")
             raise
         num_fetched += sum(end.num_tokens > 0 for process in history.world.processes.values() for end in process.fetch_ends)
-    assert num_fetched > 10, "histories without fetches show nothing"
+    assert num_fetched > 3, "histories without fetches show nothing"
 
 
 @pytest.mark.slow
