@@ -33,10 +33,10 @@ def test_every_message_between_a_pair_names_its_handoff(message: str) -> None:
 
 
 def test_kv_bytes_travel_in_no_message() -> None:
-    """Blocks are pulled by the transports; gRPC carries only their ids."""
+    """Blocks are pulled by the transports; gRPC carries only their ids and hashes."""
     for message in handoff_service_pb2.DESCRIPTOR.message_types_by_name.values():
         columns = {f.name for f in message.fields if f.type == f.TYPE_BYTES}
-        assert columns <= {"pair_secret", "source_block_ids", "tag"}
+        assert columns <= {"pair_secret", "source_block_ids", "block_hashes", "tag"}
 
 
 def test_every_field_has_a_comment() -> None:
