@@ -1,9 +1,6 @@
 """Law 2, judged after a strike by what the watched workers wrote down."""
 
-import threading
-import time
 from dataclasses import dataclass, field
-from typing import Self
 
 from fault_kinds import Cell, is_worker
 from history import History, Track
@@ -15,8 +12,7 @@ WAKE_S = 0.25 + 0.05
 WAKE_STEPS = 2
 EARLIER_S = 1e-6
 # Half of what a silent peer is given: two processes that stand still for so long one after the other fence each other rightly.
-MACHINE_STALL_S = 1.0
-MACHINE_TICK_S = 0.05
+STARVED_S = 1.0
 
 
 @dataclass
@@ -37,44 +33,16 @@ class Result:
     fences: int = 0
     requests: dict[str, int] = field(default_factory=dict)
     max_stranded_bytes: float = 0.0
+    stranded_s: float = 0.0  # longest time for which there were any
     max_mismatch_bytes: float = 0.0
     settled_s: float = 0.0  # from the end of the load
-    machine_stall_s: float = 0.0  # longest time for which a thread that only wants to wake up every 50 ms was not let
+    starved_s: float = 0.0  # longest time within 2 s for which a process's threads wanted a processor and had none
     problems: list[str] = field(default_factory=list)
 
     @property
     def is_void(self) -> bool:
-        """A law seems broken, but the machine itself stood still for so long that healthy processes take each other for dead."""
-        return bool(self.problems) and self.machine_stall_s > MACHINE_STALL_S
-
-
-class MachineWatch:
-    """A thread that notices when this machine lets nobody run. It does next to nothing, so nothing of ours can hold it up."""
-
-    def __init__(self) -> None:
-        self._gaps: list[tuple[float, float]] = []  # when it ended, how long it was
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def longest_s(self, since: float) -> float:
-        """Longest gap that ended after that time (time.monotonic())."""
-        return max((gap for ended, gap in self._gaps if ended >= since), default=0.0)
-
-    def _run(self) -> None:
-        last = time.monotonic()
-        while not self._is_over.wait(MACHINE_TICK_S):
-            now = time.monotonic()
-            if now - last > 2 * MACHINE_TICK_S:
-                self._gaps.append((now, now - last - MACHINE_TICK_S))
-            last = now
+        """A law seems broken, but a process had no processor for so long that healthy ones take each other for dead."""
+        return bool(self.problems) and self.starved_s > STARVED_S
 
 
 def judge_blocks(history: History, cell: Cell, result: Result, t0: float, t_mended: float) -> None:

@@ -105,6 +105,7 @@ class Progress:
         self._file = file
         self._num_cells = num_cells
         self._num_done = 0
+        self.num_unjudged = 0  # fields all of whose strikes are void
         self._began = time.monotonic()
 
     def take(self, cell: Cell, results: list[Result]) -> None:
@@ -119,6 +120,8 @@ class Progress:
         say(f"{where}  {cell.name}: {len(results)} strikes, not hit: {', '.join(missing) or 'none'}")
         for problem in problems:
             say(f"    {problem}")
+        if all(result.is_void for result in results):
+            self.num_unjudged += 1
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_text(json.dumps(self.report, indent=1) + "\n")
@@ -162,8 +165,8 @@ def main() -> int:
         from matrix_report import markdown
 
         chosen.markdown.write_text(markdown(progress.report))
-    say(f"{progress.num_problems} problems")
-    return 1 if progress.num_problems else 0
+    say(f"{progress.num_problems} problems, {progress.num_unjudged} fields not judged")
+    return 1 if progress.num_problems or progress.num_unjudged else 0
 
 
 def _is_chosen(cell: Cell, only: str) -> bool:

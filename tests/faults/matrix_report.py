@@ -62,10 +62,9 @@ def markdown(report: dict, source: str = "bench/results") -> str:
     parts.append(_problems(judged))
     void = [result for result in report["results"] if result["is_void"]]
     if void:
-        worst = max(result["machine_stall_s"] for result in void)
-        parts.append(
-            f"{len(void)} strikes are left out and were repeated: the machine itself stood still for up to {worst:.1f} s meanwhile.\n"
-        )
+        worst = max(result["starved_s"] for result in void)
+        text = f"{len(void)} strikes are left out and were repeated: a process had no processor for up to {worst:.1f} s of 2 s meanwhile."
+        parts.append(f"## Void\n\n{text}\n")
     return "\n".join(parts)
 
 

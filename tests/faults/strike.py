@@ -16,14 +16,16 @@ from cluster import Cluster, cluster, until
 from fault_kinds import Cell, is_worker
 from history import History, Track
 from hosts import Hosts
-from judge import LAW_2_S, MachineWatch, Result, judge_blocks
+from judge import LAW_2_S, Result, judge_blocks
 from load import Kind, Load, Oracle, Tally
+from starvation import StarvationWatch
 
 WATCHED_S = 6.0  # from the strike, if it is mended by then
 DRAIN_LIMIT_S = 40.0
 READY_LIMIT_S = 20.0
 STATE_LIMIT_S = 10.0
 SAMPLE_S = 0.2
+ORPHAN_GRACE_S = 1.0  # blocks of an ended handoff are called stranded after so long: the metric is that late
 NICE = -10
 FENCES = "baton_handoff_fences_total"
 DISAGREED = 'baton_books_handoffs_total{agreement="disagreed"}'
@@ -61,7 +63,7 @@ WATCHED_WORKER = str(Path(__file__).parent / "watched_worker.py")
 class House:
     """A cluster of watched workers on hosts of their own, for many strikes."""
 
-    def __init__(self, house: Cluster, folder: Path, oracle: Oracle, machine: MachineWatch) -> None:
+    def __init__(self, house: Cluster, folder: Path, oracle: Oracle, machine: StarvationWatch) -> None:
         self.cluster = house
         self._machine = machine
         self.history = History(folder / "watched")
@@ -69,10 +71,12 @@ class House:
         self._oracle = oracle
         self._log_offset = 0
         self._num_loads = 0
+        self._stranded_since: float | None = None
 
     async def strike(self, cell: Cell, target: tuple[str, str] | None) -> Result:
         """Strike once, when a handoff concerned is in the target state. Raises nothing for what the law says; see problems."""
         self._num_loads += 1
+        self._stranded_since = None
         house = self.cluster
         load = Load(house.http, house.url, house.options.served_name, self._oracle, seed=self._num_loads)
         result = Result(cell.name, cell.transport, cell.fault.name, list(cell.victims), target=" ".join(target or ()))
@@ -91,7 +95,7 @@ class House:
         self._judge_requests(cell, result, load.tally)
         self._judge_counters(cell, result, before, await self._counters())
         self.history.forget()
-        result.machine_stall_s = round(self._machine.longest_s(began), 3)
+        result.starved_s = round(self._machine.worst_s(began), 3)
         return result
 
     async def _strike_and_mend(self, cell: Cell, target: tuple[str, str] | None, result: Result) -> tuple[float, float]:
@@ -212,8 +216,11 @@ class House:
         result.max_mismatch_bytes = max(result.max_mismatch_bytes, mismatch)
         late = time.monotonic() - t0
         is_bookkeeper_away = not is_mended and any(victim.startswith("kvtransfer") for victim in cell.victims)
-        if late > LAW_2_S and stranded:
-            result.problems.append(f"{stranded:g} stranded bytes after {late:.1f} s")
+        self._stranded_since = (self._stranded_since or time.monotonic()) if stranded else None
+        if self._stranded_since is not None:
+            result.stranded_s = max(result.stranded_s, round(time.monotonic() - self._stranded_since, 3))
+            if time.monotonic() - self._stranded_since > LAW_2_S - ORPHAN_GRACE_S:
+                result.problems.append(f"{stranded:g} bytes stranded for {result.stranded_s} s, {late:.1f} s after the strike")
         if late > LAW_2_S and mismatch and not is_bookkeeper_away:
             result.problems.append(f"{mismatch:g} mismatching bytes after {late:.1f} s")
 
@@ -256,8 +263,12 @@ class House:
         """Law 1 and 3: every request has one ending, and no token is wrong, missing or repeated."""
         result.requests = dict(tally.count())
         result.problems += tally.corrupt
-        if "frontend-0" not in cell.victims[:1] or cell.fault.is_partition:
-            bad = [outcome for outcome in tally.outcomes if outcome.how in ("failed", "refused")]
+        # A frontend that is dead cannot answer; one that reaches nobody says so.
+        allowed = ("failed", "refused") if cell.fault.is_kill else ("refused",)
+        if cell.victims != ("frontend-0",) or not (cell.fault.is_kill or cell.fault.is_partition):
+            allowed = ()
+        bad = [outcome for outcome in tally.outcomes if outcome.how in ("failed", "refused") and outcome.how not in allowed]
+        if bad:
             result.problems += [f"request {outcome.how}: {outcome.detail} ({outcome.kind})" for outcome in bad[:5]]
         ends = Counter(self._finished_requests())
         result.problems += [f"request {request} ended {count} times" for request, count in ends.items() if count > 1]
@@ -313,7 +324,7 @@ async def open_house(folder: Path, model: Path, transport: str, *, on_hosts: boo
         hosts = await stack.enter_async_context(Hosts()) if on_hosts else None
         options = {"profile": str(profile), "model": model, "prefill": 2, "decode": 2, "environment": environment}
         async with cluster(folder, hosts=hosts, change=watch, **options) as house:
-            made = House(house, folder, Oracle(str(profile), model), stack.enter_context(MachineWatch()))
+            made = House(house, folder, Oracle(str(profile), model), stack.enter_context(StarvationWatch(lambda: _pids(house))))
             await until("the workers' histories", lambda: _histories(made), READY_LIMIT_S)
             yield made
 
@@ -331,6 +342,10 @@ def _priority() -> Iterator[None]:
         yield
     finally:
         os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+def _pids(house: Cluster) -> list[int]:
+    return [child.process.pid for child in house.children.values() if child.is_running and child.process is not None]
 
 
 async def _histories(house: House) -> bool:

@@ -9,6 +9,7 @@ from fault_kinds import Cell
 from history import History
 from judge import Result, judge_blocks
 from load import Oracle, _Answer
+from starvation import StarvationWatch, waited_s
 from strike import PROFILE
 
 P_LIFE, D_LIFE = "aa", "dd"
@@ -91,6 +92,35 @@ def test_a_woken_worker_lets_go_within_a_step(tmp_path: Path, steps: tuple[float
     made = history(tmp_path, prefill=sorted(rows, key=lambda row: row[0]))
     result = judged(made, f.STOP_LONG, "prefill-0")
     assert (result.woken_free_s, not result.problems) == (round(freed_at - 104.0, 3), is_kept)
+
+
+def test_a_strike_is_void_only_if_a_law_seems_broken_while_a_process_had_no_processor(tmp_path: Path) -> None:
+    result = judged(history(tmp_path), f.KILL, "prefill-0")
+    result.starved_s = 1.5
+    assert not result.is_void
+    result.problems.append("something")
+    assert result.is_void
+    result.starved_s = 0.5
+    assert not result.is_void
+
+
+def test_starvation_is_the_most_that_one_process_waited_within_two_seconds() -> None:
+    waited = {1: 0.0, 2: 0.0}
+    watch = StarvationWatch(lambda: waited, lambda pid: waited[pid])
+    for now, first, second in ((0.0, 0.0, 5.0), (1.0, 0.4, 5.0), (2.0, 0.8, 5.1), (3.0, 1.2, 5.2), (4.0, 1.2, 5.2), (9.0, 1.2, 5.2)):
+        waited.update({1: first, 2: second})
+        watch.look(now)
+    assert watch.worst_s(since=0.0) == pytest.approx(0.8)
+    assert watch.worst_s(since=3.5) == pytest.approx(0.4)
+    assert watch.worst_s(since=9.0) == 0.0
+
+
+def test_threads_of_a_process_wait_together_and_one_that_is_gone_waits_no_more(tmp_path: Path) -> None:
+    for task, line in (("10", "100 1500000000 7"), ("11", "100 250000000 7")):
+        (tmp_path / "10" / "task" / task).mkdir(parents=True)
+        (tmp_path / "10" / "task" / task / "schedstat").write_text(line)
+    assert waited_s(10, tmp_path) == pytest.approx(1.75)
+    assert waited_s(12, tmp_path) == 0.0
 
 
 def test_the_oracle_finds_a_wrong_a_missing_and_a_repeated_token(tmp_path: Path, roomy_model: Path) -> None:
