@@ -38,7 +38,7 @@ class HandoffConfig:
     peer_share: part of the pool that one decode instance's unconfirmed blocks may take while others are linked too.
     fetch_min_tokens: fewer missing tokens are computed, never fetched; 0: nothing is ever fetched.
     fetch_min_limit_s: a fetch gets the time it would take to compute what it is for, but at least so long.
-    fetch_pin_share: part of the pool that may be pinned for other workers' fetches.
+    fetch_pin_share: part of the pool that may be pinned for other workers' fetches, of which max_readers are served at a time.
     max_fetches, max_fetch_pulls: fetches of ours under way, and their operations that run at once (beside max_pulls).
     """
 
