@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from baton_handoff.config import HandoffConfig
 from baton_handoff.transports.base import PullStats
 
-# Question, answer, an operation and a Confirm between two busy event loops, beside the bytes themselves (measured on loopback,
-# 2026: 2 to 4 ms with the link open).
+# Question, answer, an operation and a Confirm between two busy event loops, beside the bytes themselves. Assumed, not
+# measured; four such hops of a handoff take 1 to 2 ms on loopback (bench/handoff_latency.py).
 OVERHEAD_S = 0.005
 # Assumed until something was measured; as the router does.
 DEFAULT_TOKEN_S = 50e-6
