@@ -9,10 +9,11 @@ import argparse
 import asyncio
 import json
 import logging
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -159,14 +160,28 @@ def main() -> int:
     progress = Progress(chosen.json, sum(len(cells) for cells in by_transport.values()))
     with tempfile.TemporaryDirectory(prefix="baton-faults-") as temporary:
         folder = chosen.folder or Path(temporary)
-        for transport, cells in by_transport.items():
-            asyncio.run(run_cells(folder / transport, [(cell, RAREST_FIRST) for cell in cells], chosen.strikes, progress.take))
+        try:
+            for transport, cells in by_transport.items():
+                asyncio.run(
+                    _until_told(run_cells(folder / transport, [(cell, RAREST_FIRST) for cell in cells], chosen.strikes, progress.take))
+                )
+        except asyncio.CancelledError:
+            say("told to stop")
+            return 3
     if chosen.markdown is not None:
         from matrix_report import markdown
 
         chosen.markdown.write_text(markdown(progress.report))
     say(f"{progress.num_problems} problems, {progress.num_unjudged} fields not judged")
     return 1 if progress.num_problems or progress.num_unjudged else 0
+
+
+async def _until_told(work: Coroutine[None, None, None]) -> None:
+    """SIGTERM ends it as Ctrl-C does: no process and no namespace is left."""
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await work
 
 
 def _is_chosen(cell: Cell, only: str) -> bool:
