@@ -93,6 +93,11 @@ class Cluster:
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return values
 
+    async def serves_model(self) -> bool:
+        """Whether the frontend lists the model: it hears of the workers by itself, perhaps later than we do."""
+        async with self.http.get(f"{self.url}/v1/models") as response:
+            return response.status == 200 and bool((await response.json())["data"])
+
     async def complete(self, **body: object) -> dict:
         """POST /v1/completions, not streamed. Raises AssertionError unless 200."""
         async with self.http.post(f"{self.url}/v1/completions", json={"model": self.options.served_name, **body}) as response:
@@ -218,6 +223,7 @@ async def cluster(
                     await made.ready(child.name)
                 await until("the routers hear all workers", lambda: up.routers_are_open(made.view, options.counts), READY_LIMIT_S)
                 made.url = f"http://{made.instance('frontend-0').http_address}"
+                await until("the frontend serves the model", made.serves_model, READY_LIMIT_S)
                 yield made
         finally:
             await discovery.close()
