@@ -1,5 +1,8 @@
 """Routers over real gRPC: one asked per model, the next when it dies or hangs, none at all."""
 
+import asyncio
+import gc
+import time
 from array import array
 from collections.abc import AsyncIterator
 
@@ -8,8 +11,8 @@ from baton_contracts.router.v1 import router_service_pb2 as router_pb2
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb2
 from baton_frontend.request import RequestLimits
 from baton_frontend.requests import ManagerSettings
-from baton_frontend.route_client import rendezvous
-from baton_frontend.testing_bench import Bench, running_bench, until
+from baton_frontend.route_client import RouterLink, RouteTimes, rendezvous
+from baton_frontend.testing_bench import Bench, num_channels, running_bench, until
 from baton_frontend.testing_workers import FakeRouter, FakeWorker, expected_output, placed_on, refused_with
 from baton_runtime import hashing
 from baton_runtime.errors import QueueFull, Unavailable
@@ -241,3 +244,25 @@ async def test_dead_prefill_of_a_placement_means_decode_alone(fleet: Fleet) -> N
     sink, _ = fleet.bench.submit()
     assert (await sink.end()).resumed == 0
     assert fleet.decode.starts[0].HasField("whole")
+
+
+async def test_streams_to_dead_routers_leave_nothing_for_the_collector() -> None:
+    """As in test_attach_client.py."""
+    router = await FakeRouter("router-0", lambda query: None).open()
+    address = router.address
+    link = RouterLink("router-0", "r" * 16, address, time.monotonic, RouteTimes(first_retry_s=0.01, retry_s=0.01))
+    gc.collect()
+    gc.disable()
+    try:
+        running = asyncio.create_task(link.run())
+        for _ in range(3):
+            await until(lambda: link.is_live)
+            await router.close()
+            await until(lambda: not link.is_live)
+            await router.open(address)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert num_channels() <= 1  # of the one that was cancelled
+    finally:
+        gc.enable()
+        await router.close()

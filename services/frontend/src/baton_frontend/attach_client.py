@@ -18,7 +18,7 @@ from baton_runtime.rpc import open_channel
 
 from baton_frontend.lanes import Lane, LaneOwner, LaneTable
 from baton_frontend.placement import Role
-from baton_frontend.stream_io import StreamBroken, is_refused, is_task_cancelled, read_message, write_message
+from baton_frontend.stream_io import StreamBroken, is_refused, is_task_cancelled, read_message, release_frames, write_message
 
 CONTRACT_VERSION = 1
 # A message of starts is cut here, so that a Cancel never waits behind many long prompts.
@@ -197,7 +197,9 @@ class AttachClient:
                 await self._read_loop(call, first)
         except* StreamBroken as group:
             reason = str(group.exceptions[0])
+            release_frames(group)
         finally:
+            del tasks  # it holds the exceptions, which hold this frame
             call.cancel()
             was_attached, self.is_attached = self.is_attached, False
             if was_attached:

@@ -16,7 +16,7 @@ from baton_runtime.log import get_logger
 from baton_runtime.rpc import open_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton_frontend.stream_io import StreamBroken, is_task_cancelled, read_message, write_message
+from baton_frontend.stream_io import StreamBroken, is_task_cancelled, read_message, release_frames, write_message
 
 # Hints kept for a router that reads slowly; the oldest are dropped beyond.
 MAX_HINTS = 4096
@@ -142,7 +142,9 @@ class RouterLink:
                 await self._read_loop(call)
         except* StreamBroken as group:
             reason = str(group.exceptions[0])
+            release_frames(group)
         finally:
+            del tasks  # it holds the exceptions, which hold this frame
             if call is not None:
                 call.cancel()
             lost = self._end_session()

@@ -1,6 +1,7 @@
 """Reading and writing of long-lived gRPC client streams, with one exception for every way they can break."""
 
 import asyncio
+import traceback
 from typing import Any
 
 import grpc
@@ -48,6 +49,19 @@ def is_task_cancelled() -> bool:
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go of what the frames hold that a handled exception went through, its group's and its causes' included.
+
+    A TaskGroup keeps its children's exceptions, whose tracebacks keep its frames: a ring, with the session's channel in it (some 100 KB),
+    which only the collector would free. It runs seldom here (`tune_gc`). Frames that still run keep what they hold: delete there.
+    """
+    traceback.clear_frames(error.__traceback__)
+    members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    for inner in (*members, error.__cause__, error.__context__):
+        if inner is not None:
+            release_frames(inner)
 
 
 async def is_refused(address: str, timeout_s: float) -> bool:
