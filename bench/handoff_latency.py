@@ -12,11 +12,16 @@ For each transport, three loads, spoken straight to the workers as a frontend wo
 Exposed time and announce to confirm are the workers' own figures (log events handoff_completed and handoff_ended at level debug).
 The link's speed is measured before, by workers of the same kind that compute and announce 8 MiB at once: the median over their
 operations. Frames are gRPC messages of the pair's channel without beats, as the workers count them.
+
+A handoff of one block is one message each way between two processes, and a copy by a thread. So a bare message each way over gRPC
+between two processes that do nothing else is measured beside each transport: what the machine takes for it, at p50 and p99, is the
+floor of every figure here, and it is printed as a share of them.
 """
 
 import argparse
 import asyncio
 import datetime
+import gc
 import json
 import os
 import random
@@ -31,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+import grpc
 from baton_cli.processes import Child
 from baton_contracts.discovery.v1 import instance_pb2 as discovery_pb
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
@@ -179,6 +185,52 @@ class Bench:
             await asyncio.sleep(0.1)
 
 
+async def echo() -> None:
+    """A process that sends back what it gets; prints its port, ends with stdin."""
+
+    async def answer(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        async for request in requests:
+            await context.write(request)
+
+    handler = grpc.method_handlers_generic_handler("bench.Echo", {"Echo": grpc.stream_stream_rpc_method_handler(answer)})
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((handler,))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    settle()
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
+
+
+def settle() -> None:
+    """As services do once they have started."""
+    gc.collect()
+    gc.freeze()
+
+
+async def bare_round_trip_ms(count: int) -> list[float]:
+    """p50 and p99 of one message each way, one every 20 ms or so."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, __file__, "--echo"), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    port = int(await child.stdout.readline())
+    took_ms = []
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.stream_stream("/bench.Echo/Echo")()
+        for _ in range(count):
+            await asyncio.sleep(0.02)
+            began_s = time.perf_counter()
+            await call.write(b"x" * 200)
+            await call.read()
+            took_ms.append((time.perf_counter() - began_s) * 1e3)
+        call.cancel()
+    child.stdin.close()
+    await child.wait()
+    return [quantile(took_ms, 0.5), quantile(took_ms, 0.99)]
+
+
 @asynccontextmanager
 async def running(transport: str, folder: Path, chunk_tokens: int) -> AsyncIterator[Bench]:
     """All processes, up and introduced; ended with the block."""
@@ -297,24 +349,32 @@ async def measure(transport: str, options: argparse.Namespace) -> dict[str, obje
                     await exposed_case(bench, "one by one", [prompt] * options.requests, 1, link) | {"round": index},
                     await exposed_case(bench, "four", [prompt] * options.requests, 4, link) | {"round": index},
                 ]
-    return {"transport": transport, "link_gb_per_s": round(link, 3), "cases": cases}
+    bare = await bare_round_trip_ms(options.requests)
+    for case in cases:
+        case["bare_round_trip_share"] = [round(floor / case["exposed_minus_link_ms"][i], 2) for i, floor in enumerate(bare)]
+    return {"transport": transport, "link_gb_per_s": round(link, 3), "bare_round_trip_ms": bare, "cases": cases}
 
 
 def table(results: Sequence[dict[str, object]]) -> str:
     """For people."""
     lines = [
         f"{'transport':<9} {'case':<10} {'last KiB':>8} {'announce-confirm ms':>20} {'exposed ms':>15} {'minus link ms':>15} "
-        f"{'known minus link':>17} {'frames >sink >source':>21}"
+        f"{'known minus link':>17} {'bare / it':>12} {'frames >sink >source':>21}"
     ]
     for result in results:
         assert isinstance(result["cases"], list)
         for case in result["cases"]:
+            share = " / ".join(f"{part:.0%}" for part in case["bare_round_trip_share"])
             pairs = [f"{p50:.2f} / {p99:.2f}" for p50, p99 in (case[key] for key in _PAIRS)]
             lines.append(
                 f"{result['transport']:<9} {case['case']:<10} {case['last_chunk_bytes'] >> 10:>8} {pairs[0]:>20} {pairs[1]:>15} "
-                f"{pairs[2]:>15} {pairs[3]:>17} {case['frames_to_sink']:>14} {case['frames_to_source']:>6}"
+                f"{pairs[2]:>15} {pairs[3]:>17} {share:>12} {case['frames_to_sink']:>14} {case['frames_to_source']:>6}"
             )
-        lines.append(f"{result['transport']:<9} link: {result['link_gb_per_s']} GB/s in operations of 8 MiB")
+        p50, p99 = result["bare_round_trip_ms"]
+        lines.append(
+            f"{result['transport']:<9} link: {result['link_gb_per_s']} GB/s in operations of 8 MiB; "
+            f"bare message each way: {p50:.2f} / {p99:.2f} ms"
+        )
     lines.append(f"p50 / p99; target: minus link at most {TARGET_MS} ms p99 on shm and tcp, one by one")
     return "\n".join(lines)
 
@@ -339,7 +399,10 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="folder for the processes' logs; else they are thrown away")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.echo:
+        return await echo()
     facts = machine()
     results = [await measure(transport, options) for transport in options.transport.split(",")]
     text = table(results)

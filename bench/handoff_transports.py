@@ -1,6 +1,6 @@
 """GB/s of the transports between two processes on this machine, as ratios to a paged copy and to what a transport is made of.
 
-    python bench/handoff_transports.py [--rounds 9] [--num-blocks 2048] [--only shm,tcp] [--pin] [--json] [--out bench/results]
+    python bench/handoff_transports.py [--rounds 9] [--num-blocks 2048] [--only shm,tcp] [--no-pin] [--json] [--out bench/results]
 
 Each case brings all blocks of one pool, in random order, into random blocks of another ("scattered"), or all in order
 ("contiguous"); transports in operations of at most 32 MiB, two in flight, as a worker runs them per peer. What they are
@@ -15,12 +15,14 @@ nixl is measured as UCX chooses (between processes of a host: copies by the kern
 
 Rounds go through all cases, each time in another order, so that other load on the machine meets all of them. A ratio is the
 median of the ratios within each round; GB/s are the best and the median round's. Every case's bytes are compared once.
---pin keeps the two processes on different processors; with few of them the scheduler otherwise puts both on one now and then.
+The two processes are kept on different processors unless --no-pin: on a machine with two the scheduler puts both on one now and then,
+and the ratios say more about it than about transports.
 """
 
 import argparse
 import asyncio
 import datetime
+import gc
 import json
 import os
 import random
@@ -144,6 +146,12 @@ def rest(pieces: list[memoryview], done_bytes: int) -> list[memoryview]:
     return [pieces[0][done_bytes:], *pieces[1:]] if done_bytes else pieces
 
 
+def settle() -> None:
+    """As services do once they have started (baton_runtime.lifecycle): a full collection takes tens of ms, in whichever thread meets it."""
+    gc.collect()
+    gc.freeze()
+
+
 # The source's process.
 
 
@@ -174,6 +182,7 @@ async def serve(options: argparse.Namespace) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=serve_raw, args=(listener, pool), daemon=True).start()
         by_hand = {name: nixl_by_hand.serve(pool, kind.by_hand) for name in options.only if (kind := KINDS[name]).by_hand is not None}
+        settle()
         print(json.dumps({"offers": offers, "port": listener.getsockname()[1], "by_hand": by_hand}), flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
@@ -294,7 +303,7 @@ def raw_cases(stack: AsyncExitStack, port: int, dest: KvPool) -> dict[str, Case]
 async def measure(block_kib: int, options: argparse.Namespace) -> list[dict[str, object]]:
     """All cases of one block size."""
     num_blocks, block_bytes = options.num_blocks, block_kib << 10
-    arguments = ["--serve", str(num_blocks), str(block_bytes), "--only", ",".join(options.only), *(["--pin"] if options.pin else [])]
+    arguments = ["--serve", str(num_blocks), str(block_bytes), "--only", ",".join(options.only), "--pin" if options.pin else "--no-pin"]
     async with AsyncExitStack() as stack:
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, __file__, *arguments), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
@@ -319,6 +328,7 @@ async def measure(block_kib: int, options: argparse.Namespace) -> list[dict[str,
             if (by_hand := KINDS[name].by_hand) is not None:
                 reader = nixl_by_hand.Reader(dest, reached["by_hand"][name], by_hand, bench.ids)
                 bench.cases[KINDS[name].baseline] = partial(asyncio.to_thread, reader.read)
+        settle()
         await bench.run(options.rounds)
         return bench.rows()
 
@@ -379,7 +389,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--num-blocks", type=int, default=2048)
     parser.add_argument("--block-kib", type=int, nargs="+", default=BLOCK_KIB)
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(KINDS), metavar=",".join(KINDS))
-    parser.add_argument("--pin", action="store_true")
+    parser.add_argument("--pin", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--serve", type=int, nargs=2, help=argparse.SUPPRESS)

@@ -37,7 +37,6 @@ def serve(pool: KvPool, settings: Settings) -> dict[str, Any]:
     def work() -> None:
         connection, _ = listener.accept()
         connection.setblocking(False)
-        is_hot = True
         while True:
             try:
                 word = connection.recv(1)
@@ -46,8 +45,7 @@ def serve(pool: KvPool, settings: Settings) -> dict[str, Any]:
             if word == b"":
                 return
             if word is not None:
-                is_hot = word == _HOT
-                connection.setblocking(not is_hot)
+                connection.setblocking(word != _HOT)
             agent.get_new_notifs()
             time.sleep(0)
 

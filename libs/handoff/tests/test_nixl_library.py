@@ -59,6 +59,11 @@ def test_without_rdma_ucx_is_reached_from_this_host_only(monkeypatch, tmp_path):
     assert "NET_DEVICES" not in engine_config(False, ())
 
 
+def test_ucx_does_not_ask_peers_whether_they_live():
+    """Reads waited for the answer, up to half a second; the control connection tells."""
+    assert "KEEPALIVE_INTERVAL=inf" in engine_config(False, ()).split(",")
+
+
 def test_settings_win_over_the_own_ones():
     assert engine_config(False, (("NET_DEVICES", "eth0"), ("TLS", "tcp"))).endswith("TLS=tcp")
     assert "NET_DEVICES=eth0" in engine_config(False, (("NET_DEVICES", "eth0"),))

@@ -57,7 +57,5 @@ def _metrics_handler(metrics: Callable[[], bytes]) -> Handler:
 
 
 def tune_gc() -> None:
-    """Call once after start: what lives now lives for ever, and young garbage is collected less often (facts of the hot path)."""
-    gc.collect()
-    gc.freeze()
+    """Call once after start: garbage is collected less often, for each collection looks at every open stream (facts of the hot path)."""
     gc.set_threshold(100_000, 50, 50)
