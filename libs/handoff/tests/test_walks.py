@@ -11,7 +11,7 @@ from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, HandoffEnd, HandoffKey, Outcome, Side
 from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, CancelHandoff, Confirm, ConfirmReply, Message, NotNow, Refused
 from baton_handoff.sink_handoff import SinkState
-from baton_handoff.source import SourceState
+from baton_handoff.source_handoff import SourceState
 from baton_handoff.testing.world import LAYOUT, Process, World
 
 LONG = tuple(range(1, 10))  # eight tokens to hand over: four full blocks

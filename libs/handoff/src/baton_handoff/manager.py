@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +37,11 @@ from baton_handoff.actions import (
 )
 from baton_handoff.audit import Audit, Start
 from baton_handoff.books import BooksClient
+from baton_handoff.callers import Callers
 from baton_handoff.config import HandoffConfig
 from baton_handoff.fetches import Fetches, FetchMetrics
-from baton_handoff.handoff_metrics import HandoffMetrics, outcome_of
+from baton_handoff.handoff_metrics import HandoffMetrics
 from baton_handoff.ids import (
-    ConfirmAnswer,
     EndReason,
     EventKind,
     FailureCause,
@@ -57,9 +56,6 @@ from baton_handoff.ids import (
 )
 from baton_handoff.introductions import Introductions
 from baton_handoff.messages import (
-    Accepted,
-    Announce,
-    Begin,
     BeginReply,
     CancelHandoff,
     Confirm,
@@ -68,7 +64,6 @@ from baton_handoff.messages import (
     FetchReply,
     FromSink,
     FromSource,
-    Message,
 )
 from baton_handoff.pair_client import PairClient
 from baton_handoff.peer_watch import FenceReason
@@ -76,23 +71,13 @@ from baton_handoff.peers import Peers
 from baton_handoff.pulls import PullKey
 from baton_handoff.sink import SinkBook
 from baton_handoff.sink_handoff import SinkState
-from baton_handoff.source import SourceBook, SourceState
-from baton_handoff.spans import HandoffTrace
+from baton_handoff.source import SourceBook
+from baton_handoff.source_handoff import SourceState
 from baton_handoff.tag import KvShape
 from baton_handoff.transports.base import PullStats, Transport
 
 MIN_SLEEP_S = 0.005
 log = get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Caller:
-    """Who waits for one Start, until it is over."""
-
-    on_end: Callable[[HandoffEnd], None]
-    on_complete: Callable[[HandoffComplete], None] | None
-    trace: HandoffTrace
-    confirmed_blocks: int = 0
 
 
 class HandoffManager:
@@ -138,7 +123,7 @@ class HandoffManager:
         )
         if view is not None:
             self.books.follow(view)
-        self._callers: dict[tuple[HandoffKey, Side], _Caller] = {}
+        self._callers = Callers(self._metrics, self._tracer, clock)
         self._starts: dict[Hashable, Start] = {}
         self._audit = Audit(engine.blocks, self._starts, self._peers.silent_s, times.stranded_s)
         self._todo: deque[Action] = deque()
@@ -207,7 +192,7 @@ class HandoffManager:
             actions = self._source.start(request, decode, traceparent, now, fetch_from)
         except BatonError as error:
             return on_end(_refused(error, decode))
-        self._callers[key, Side.SOURCE] = _Caller(on_end, None, HandoffTrace(traceparent))
+        self._callers.add(key, Side.SOURCE, traceparent, on_end)
         self._starts[key.sequence] = Start(decode.incarnation, is_source=True)
         self._perform(actions)
 
@@ -238,7 +223,7 @@ class HandoffManager:
             actions = self._sink.start(request, prefill, traceparent, now)
         except BatonError as error:
             return on_end(_refused(error, prefill))
-        self._callers[key, Side.SINK] = _Caller(on_end, on_complete, HandoffTrace(traceparent))
+        self._callers.add(key, Side.SINK, traceparent, on_end, on_complete)
         self._starts[key.sequence] = Start(prefill.incarnation, is_source=False)
         self._peers.use_source(prefill, now)
         self._perform(actions)
@@ -369,10 +354,8 @@ class HandoffManager:
         self._metrics.heard(message)
         if isinstance(message, Fetch) or (message.key.is_fetch and isinstance(message, Confirm | CancelHandoff)):
             return self._perform(self._fetches.source.receive(incarnation, message, self._clock()))
-        if isinstance(message, BeginReply) and isinstance(message.answer, Accepted):
-            caller = self._callers.get((message.key, Side.SOURCE))
-            if caller is not None:
-                caller.trace.accepted(message.answer.first_block)
+        if isinstance(message, BeginReply):
+            self._callers.heard(message)
         self._perform(self._source.receive(incarnation, message, self._clock()))
 
     def is_sink_in_use(self, incarnation: str) -> bool:
@@ -466,23 +449,11 @@ class HandoffManager:
 
     def _send(self, action: Send) -> None:
         message = action.message
-        self._note_sent(message)
+        self._callers.sent(message)
         if message.key.decode_incarnation == self._own().incarnation:
             self._peers.send_to_source(action.peer_incarnation, message)
         else:
             self.servicer.send(action.peer_incarnation, message)
-
-    def _note_sent(self, message: Message) -> None:
-        """What the traces want to know of our own messages."""
-        if isinstance(message, Confirm) and (asking := self._callers.get((message.key, Side.SINK))) is not None:
-            asking.trace.asked(self._clock())
-        elif isinstance(message, Begin | Announce | ConfirmReply) and (source := self._callers.get((message.key, Side.SOURCE))) is not None:
-            if isinstance(message, Begin):
-                source.trace.begin.opened()
-            elif isinstance(message, Announce):
-                source.trace.announced(self._clock())
-            elif message.answer is ConfirmAnswer.CONFIRMED:
-                source.trace.answered(self._clock())
 
     def _start_fetch(self, action: StartFetch) -> None:
         def on_end(end: FetchEnd) -> None:
@@ -500,15 +471,13 @@ class HandoffManager:
 
     async def _pull(self, start: StartPull) -> None:
         """One operation. Whatever ends it, the book hears of it exactly once, when nothing writes any more."""
-        caller = self._callers.get((start.key, Side.SINK))
-        if caller is not None:
-            caller.trace.pull.opened()
+        self._callers.pulling(start.key)
         failure: FailureCause | None = FailureCause.PATH_DOWN
         try:
             result = await self._peers.puller.run(start)
             failure = result.failure
             if result.stats is not None:
-                self._pulled(start, result.stats, caller, is_retry=result.is_retry)
+                self._pulled(start, result.stats, is_retry=result.is_retry)
         finally:
             now = self.notice()
             if start.key.is_fetch:
@@ -520,14 +489,13 @@ class HandoffManager:
         handoffs = [PullKey(handoff.operation, is_fetch=False) for handoff in self._sink.draining]
         return handoffs + [PullKey(fetch.operation, is_fetch=True) for fetch in self._fetches.sink.draining]
 
-    def _pulled(self, start: StartPull, stats: PullStats, caller: _Caller | None, *, is_retry: bool) -> None:
+    def _pulled(self, start: StartPull, stats: PullStats, *, is_retry: bool) -> None:
         incarnation, puller = start.peer_incarnation, self._peers.puller
         client = self._peers.clients.get(incarnation)
         if client is not None:  # else it was fenced meanwhile, and its labels are gone
             self._metrics.pulled(incarnation, client.peer.instance_id, puller.transport_of(incarnation), stats, is_retry=is_retry)
         transport, why = puller.transport_of(incarnation), puller.why_of(incarnation)
-        if caller is not None:
-            caller.trace.pulled(transport, why, stats, is_retry=is_retry)
+        self._callers.pulled(start.key, transport, why, stats, is_retry=is_retry)
         self._fetches.pulled(start.key, incarnation, stats, transport, why, is_retry=is_retry)
 
     def _report(self, report: Report) -> None:
@@ -535,9 +503,8 @@ class HandoffManager:
             self._note_fetch(report)
         if report.side is Side.SOURCE:
             return self.books.report(report)
-        self._count_confirmed(report)
-        caller = self._callers.get((report.key, Side.SINK))
-        pulled = caller.trace.totals if caller is not None else self._fetches.totals(report.key)
+        self._callers.confirmed(report, report.confirmed_block_bytes or self._engine.pool.block_bytes)
+        pulled = self._callers.totals(report.key) or self._fetches.totals(report.key)
         transport = self._peers.puller.transport_of(report.peer_incarnation)
         self.books.report(report, transport, pulled.num_bytes, pulled.busy_s)
 
@@ -548,39 +515,15 @@ class HandoffManager:
         elif report.kind is EventKind.ENDED:
             self._starts.pop(report.key.owner, None)
 
-    def _count_confirmed(self, report: Report) -> None:
-        caller = self._callers.get((report.key, Side.SINK))
-        if caller is not None and report.confirmed_blocks > caller.confirmed_blocks:
-            block_bytes = report.confirmed_block_bytes or self._engine.pool.block_bytes
-            self._metrics.confirmed((report.confirmed_blocks - caller.confirmed_blocks) * block_bytes)
-            caller.confirmed_blocks = report.confirmed_blocks
-            caller.trace.confirmed(self._clock())
-
     def _completed(self, action: Completed) -> None:
-        caller = self._forget(action.key, Side.SINK)
+        self._starts.pop(action.key.sequence, None)
         if action.tail_tokens:
             zero_tail(self._engine.pool.data[action.tail_block], self._layout, action.tail_tokens)
-        assert caller.on_complete is not None, "only a sink completes"
-        caller.on_complete(action.complete)  # the engine first: what follows only tells
-        if action.complete.handoff_bytes:
-            self._metrics.exposed(action.complete.exposed_s)
-        self._metrics.ended(Side.SINK, None)
-        self._later(lambda: caller.trace.tell_completed(self._tracer, action.key, action.complete))
+        self._callers.completed(action)
 
     def _ended(self, action: Ended) -> None:
-        caller = self._forget(action.key, action.side)
-        self._metrics.ended(action.side, action.end)
-        caller.on_end(action.end)
-        self._later(lambda: caller.trace.tell_ended(self._tracer, action.key, action.side, action.end, outcome_of(action.end)))
-
-    @staticmethod
-    def _later(tell: Callable[[], None]) -> None:
-        """What only people read is written when the messages of this turn are on their way: it costs some 0.3 ms."""
-        asyncio.get_running_loop().call_soon(tell)
-
-    def _forget(self, key: HandoffKey, side: Side) -> _Caller:
-        self._starts.pop(key.sequence, None)
-        return self._callers.pop((key, side))
+        self._starts.pop(action.key.sequence, None)
+        self._callers.ended(action)
 
     # Clock, tasks, sums.
 

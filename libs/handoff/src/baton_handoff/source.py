@@ -6,9 +6,8 @@ The block manager is called directly: acquire when the sink has accepted, unpin 
 Nothing here waits, and time comes in as an argument (time.monotonic()).
 """
 
-import enum
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from baton_engine.api import BlocksReady, EngineRequest, SequenceEnd, SequenceKey, Work
 from baton_engine.api import EndReason as EngineEnd
@@ -34,39 +33,11 @@ from baton_handoff.ids import (
     Side,
 )
 from baton_handoff.messages import Accepted, Announce, Begin, BeginReply, CancelHandoff, Confirm, ConfirmReply, FromSink, NotNow, Refused
-from baton_handoff.readers import Readable, may_announce
+from baton_handoff.offers import Offers
+from baton_handoff.readers import may_announce
+from baton_handoff.source_handoff import SourceHandoff, SourceState
 from baton_handoff.tag import KvShape, TagChain
 from baton_handoff.tombstones import Tombstone, Tombstones
-
-
-class SourceState(enum.Enum):
-    """States of a live handoff at the source."""
-
-    QUEUED = "queued"
-    OFFERED = "offered"
-    FETCHING = "fetching"
-    COMPUTING = "computing"
-    COMPUTED = "computed"
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class SourceHandoff(Readable):
-    """One live handoff."""
-
-    request: EngineRequest
-    traceparent: str
-    hashes: Sequence[bytes]
-    tags: TagChain
-    state: SourceState = SourceState.QUEUED
-    cached_tokens: int = 0
-    ready_at: float = 0.0
-    hint: FetchHint | None = None
-    fetched_tokens: int = 0
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether the sink holds room for it and we hold blocks."""
-        return self.state in (SourceState.FETCHING, SourceState.COMPUTING, SourceState.COMPUTED)
 
 
 class SourceBook:
@@ -96,6 +67,7 @@ class SourceBook:
         self._live: dict[str, SourceHandoff] = {}
         self._queue: OfferQueue[SourceHandoff] = OfferQueue(config.times)
         self._begun: dict[HandoffKey, SourceHandoff] = {}
+        self._offers = Offers(self._queue, self._begun, config, self._total_blocks, shape.block_tokens)
         self._tombstones = Tombstones(config.times.tombstone_s)
         self._engine_runs: set[SequenceKey] = set()
         self._linked: dict[str, bool] = {}
@@ -302,23 +274,12 @@ class SourceBook:
         return out
 
     def _offer_next(self, now: float) -> None:
-        if self._is_draining or not len(self._queue):
+        if self._is_draining:
             return
-        ahead = self._ahead_tokens(now)
-        held_back: set[str] = set()  # peers whose oldest waits for its share: its younger ones would eat what it waits for
-        for handoff in self._queue.due(now):
-            if ahead >= self._config.look_ahead_tokens:
-                return
-            peer = handoff.peer.incarnation
-            if not self._linked.get(peer) or peer in held_back:
-                continue
-            if self._is_over_share(handoff):
-                held_back.add(peer)
-                continue
+        for handoff in self._offers.may_offer(self._linked, now):
             if not self._promise(handoff, now):
                 return  # no other offer of ours overtakes; those of others wait in line with it
             self._offer(handoff, now)
-            ahead += self._counted(handoff.num_tokens)
 
     def _promise(self, handoff: SourceHandoff, now: float) -> bool:
         """Keep our own room for an offer as a number, until it is taken, or the sink does not take it."""
@@ -543,28 +504,6 @@ class SourceBook:
     def _was_confirmed(self, key: HandoffKey) -> bool:
         stone = self._tombstones.get(key)
         return stone is not None and stone.is_confirmed
-
-    def _counted(self, num_tokens: int) -> int:
-        # A quarter at most, so that some short prompts can be begun beside a long one and overtake it in the engine.
-        return min(num_tokens, max(1, self._config.look_ahead_tokens // 4))
-
-    def _ahead_tokens(self, now: float) -> int:
-        """Tokens begun and not computed; offers count only while an answer is to be expected, or one hung sink would stop all."""
-        block_tokens = self._shape.block_tokens
-        computing = sum(
-            self._counted(max(0, handoff.num_tokens - handoff.computed * block_tokens))
-            for handoff in self._begun.values()
-            if handoff.state in (SourceState.COMPUTING, SourceState.FETCHING)
-        )
-        return computing + sum(self._counted(handoff.num_tokens) for handoff in self._queue.recently_offered(now))
-
-    def _is_over_share(self, handoff: SourceHandoff) -> bool:
-        if len(self._linked) < 2:
-            return False
-        peer = handoff.peer.incarnation
-        holding = [*self._begun.values(), *self._queue.awaiting_answer()]
-        others = sum(other.num_blocks - other.confirmed for other in holding if other.peer.incarnation == peer)
-        return others > 0 and others + handoff.num_blocks > self._config.peer_share * self._total_blocks
 
 
 _OUTCOME_OF_CAUSE = {

@@ -39,7 +39,8 @@ from baton_handoff.ids import ConfirmAnswer, EndReason, FailureCause, FetchEnd, 
 from baton_handoff.messages import ConfirmReply, Message
 from baton_handoff.sink import SinkBook
 from baton_handoff.sink_handoff import SinkHandoff, SinkState
-from baton_handoff.source import SourceBook, SourceHandoff, SourceState
+from baton_handoff.source import SourceBook
+from baton_handoff.source_handoff import SourceHandoff, SourceState
 from baton_handoff.tag import KvShape
 from baton_handoff.testing.engine import MiniEngine
 
