@@ -16,7 +16,7 @@ FAULTS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
-	bench-handoff ci clean
+	bench-handoff plot-handoff ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -82,6 +82,10 @@ proto-check: $(VENV)/.ready $(VENV)-proto/.ready
 
 bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to confirm, handoffs per second of the books (some minutes)
 	set -e; for script in $(wildcard $(HANDOFF_BENCHES)); do echo "== $$script" >&2; $(BIN)/python $$script; done
+	$(BIN)/python bench/plot_handoff.py
+
+plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
+	$(BIN)/python bench/plot_handoff.py
 
 ci: ## what continuous integration runs
 	bash .ci/run
