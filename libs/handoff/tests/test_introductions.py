@@ -1,3 +1,4 @@
+import psutil
 from baton_contracts.discovery.v1.instance_pb2 import Instance, KvLayout, Model
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as pb
 from baton_handoff.introductions import MAX_SECRETS, Introductions
@@ -72,3 +73,16 @@ def test_listeners_hear_of_every_introduction() -> None:
     known.subscribe(heard.append)
     known.add(pb.Introduction(peer=record("p", "x"), pair_secret=b"s"))
     assert heard == ["x"]
+
+
+def test_what_is_kept_is_the_peers_record_and_not_the_message_it_came_in() -> None:
+    """A part of a protobuf message keeps the memory of all of it: a worker grew with every death in the fleet."""
+    known, process = introductions(), psutil.Process()
+    before = process.memory_info().rss
+    for number in range(100):
+        message = pb.BooksResponse()
+        message.introductions.add(peer=record("p", str(number)), pair_secret=b"s")
+        message.introductions.add(peer=record("q" * 1_000_000, "q"))
+        known.add(message.introductions[0])
+    assert known.get("99") is not None
+    assert process.memory_info().rss - before < 40 << 20

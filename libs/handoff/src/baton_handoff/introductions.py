@@ -12,8 +12,8 @@ from baton_runtime.layouts import layout_mismatch, layout_text, model_mismatch
 from baton_handoff.tag import layout_from_record
 from baton_handoff.transports.reslice import Reslice
 
-# Introductions are kept as long as the process; a restart of a peer adds one, so only a bound against madness is needed.
-MAX_INTRODUCTIONS = 16_384
+# Introductions are kept as long as the process, some 2 KB each; a restart of a peer adds one. The oldest go first.
+MAX_INTRODUCTIONS = 4096
 MAX_SECRETS = 8  # per pair: one per kvtransfer life
 
 
@@ -41,8 +41,11 @@ class Introductions:
     def add(self, introduction: pb.Introduction) -> None:
         """News from a kvtransfer. A pair that differs by our own comparison is refused even if kvtransfer allows it."""
         incarnation = introduction.peer.incarnation
-        known = self._known.pop(incarnation, None) or Acquaintance(introduction.peer)
-        known.peer = introduction.peer
+        # A copy: a part of a message keeps all of the message's memory, and this one is kept for as long as we live.
+        peer = Instance()
+        peer.CopyFrom(introduction.peer)
+        known = self._known.pop(incarnation, None) or Acquaintance(peer)
+        known.peer = peer
         known.refusal = introduction.refusal or why_incompatible(self._own(), introduction.peer)
         if introduction.pair_secret and introduction.pair_secret not in known.secrets:
             known.secrets = [introduction.pair_secret, *known.secrets][:MAX_SECRETS]
