@@ -19,6 +19,7 @@ from baton_cli import handoffs as handoffs_command
 from baton_cli import state
 from baton_cli import status as status_command
 from baton_cli import up as up_command
+from baton_cli.bench.command import bench
 
 _COUNT = click.IntRange(1, 64)
 _folder = click.option(
@@ -182,6 +183,8 @@ def chat(message: str | None, url: str, model: str, max_tokens: int | None, temp
         url = state.require((state_dir or state.default_folder()).resolve()).url
     asyncio.run(chat_command.run(url.rstrip("/"), model, message, max_tokens, temperature))
 
+
+main.add_command(bench)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,1 @@
+"""`baton bench`: load for any OpenAI-compatible server, with every answer checked."""
