@@ -3,8 +3,8 @@ import asyncio
 import pytest
 from baton_runtime import metrics
 from baton_runtime.errors import ConfigError
-from baton_runtime.metrics import MetricsServer
-from prometheus_client import CollectorRegistry, Counter
+from baton_runtime.metrics import HotHistogram, MetricsServer
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 
 async def get(address: str, request: str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") -> str:
@@ -88,3 +88,22 @@ async def test_connected_client_does_not_keep_the_server_from_closing(monkeypatc
         await server.close()
     writer.close()
     await writer.wait_closed()
+
+
+def test_a_hot_histogram_says_what_the_librarys_own_would() -> None:
+    bounds, values = (0.1, 0.5, 1.0), (0.05, 0.1, 0.3, 0.5, 0.7, 2.0, 2.0)
+    own, registry = CollectorRegistry(), CollectorRegistry()
+    theirs = Histogram("baton_gap_seconds", "Gaps.", ["model"], buckets=bounds, registry=own).labels("m")
+    ours = HotHistogram("baton_gap_seconds", "Gaps.", ["model"], bounds, registry).series("m")
+    for value in values[:-1]:
+        theirs.observe(value)
+    theirs.observe(values[-1])
+    for value in values[:-2]:
+        ours.observe(value)
+    ours.observe(2.0, times=2)
+
+    def samples(registry: CollectorRegistry) -> dict[str, float]:
+        lines = generate_latest(registry).decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#") if "_created" not in name}
+
+    assert samples(registry) == pytest.approx(samples(own))

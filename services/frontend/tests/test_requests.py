@@ -154,8 +154,11 @@ async def test_end_is_one_log_line_and_the_metrics(bench: Bench, worker: FakeWor
     assert line["tpot_ms"] > 0
     assert line["exposed_handoff_ms"] == 0
     assert bench.registry.get_sample_value("baton_requests_total", {"outcome": "length"}) == 1
-    assert bench.registry.get_sample_value("baton_output_tokens_total", {"model": "m"}) == 5
-    assert bench.registry.get_sample_value("baton_gen_ai_server_time_to_first_token_seconds_count", {"model": "m"}) == 1
+    of_class = {"model": "m", "class": "interactive"}
+    assert bench.registry.get_sample_value("baton_output_tokens_total", of_class) == 5
+    assert bench.registry.get_sample_value("baton_gen_ai_server_time_to_first_token_seconds_count", of_class) == 1
+    assert bench.registry.get_sample_value("baton_inter_token_seconds_count", of_class) == 4
+    assert bench.registry.get_sample_value("baton_tokens_per_event_sum", of_class) == 5
     assert bench.registry.get_sample_value("baton_inflight_requests") == 0
     assert bench.registry.get_sample_value("baton_fallback_placements_total") == 1
 
@@ -193,3 +196,19 @@ def _check_trace(spans: dict[str, ReadableSpan], query: router_pb2.Query, start:
     assert chat.attributes["gen_ai.usage.output_tokens"] == 3
     assert chat.attributes["gen_ai.response.finish_reasons"] == ("length",)
     assert chat.attributes["baton.decode.instance_id"] == "decode-0"
+
+
+async def test_tokens_that_came_together_are_one_event_without_gaps(bench: Bench, worker: FakeWorker) -> None:
+    worker.merge_every = 4
+    sink, _ = bench.submit(max_tokens=9, interactive=False)
+    await sink.end()
+    of_class = {"model": "m", "class": "batch"}
+    value = bench.registry.get_sample_value
+    assert value("baton_tokens_per_event_sum", of_class) == 9
+    assert value("baton_inter_token_seconds_count", of_class) == 8
+    num_events = value("baton_tokens_per_event_count", of_class)
+    assert num_events is not None
+    assert num_events < 9
+    at_once = value("baton_inter_token_seconds_bucket", {**of_class, "le": "0.0001"})
+    assert at_once is not None
+    assert at_once >= 9 - num_events

@@ -127,7 +127,7 @@ class ActiveRequest:
         if logprobs is not None:
             skipped = len(self.request.output) - len(new) - first_position
             logprobs = logprobs[skipped : skipped + len(new)] if self._wants_logprobs else None
-        self._report.on_tokens()
+        self._report.on_tokens(len(new))
         self._sink.on_tokens(new, logprobs)
 
     def on_gap(self, lane: Lane) -> None:

@@ -25,6 +25,7 @@ class RequestReport:
         "_last_token_at",
         "_log",
         "_metrics",
+        "_of_class",
         "_question",
         "_request_id",
         "_span",
@@ -47,6 +48,7 @@ class RequestReport:
         self._generation = generation
         self._tracer = tracer
         self._metrics = metrics
+        self._of_class = metrics.of_class(generation.model, interactive=generation.interactive)
         self._log = log
         self._clock = clock
         self._started_at = clock()
@@ -56,12 +58,18 @@ class RequestReport:
         self._question: trace.Span | None = None
         self.traceparent = traceparent(trace.set_span_in_context(self._span))  # of the request's span; "" if it has none
 
-    def on_tokens(self) -> None:
-        """Tokens went out."""
-        self._last_token_at = self._clock()
+    def on_tokens(self, count: int) -> None:
+        """So many tokens went out together."""
+        now, of_class = self._clock(), self._of_class
+        of_class.tokens_per_event.observe(count)
         if self._first_token_at is None:
-            self._first_token_at = self._last_token_at
+            self._first_token_at = now
             self._span.add_event(semconv.EVENT_FIRST_TOKEN)
+        else:
+            of_class.inter_token.observe(now - self._last_token_at)
+        if count > 1:
+            of_class.inter_token.observe(0.0, count - 1)
+        self._last_token_at = now
 
     def open_question(self, attempt: int) -> str:
         """A question goes to a router. Returns: the traceparent it carries."""
@@ -85,7 +93,7 @@ class RequestReport:
         tpot_s = None
         if self._first_token_at is not None and end.output_tokens > 1:
             tpot_s = (self._last_token_at - self._first_token_at) / (end.output_tokens - 1)
-        self._metrics.on_end(self._generation.model, end, ttft_s, tpot_s, duration_s)
+        self._metrics.on_end(self._of_class, end, ttft_s, tpot_s, duration_s)
         decode = placement.decode.instance_id if placement is not None else None
         prefill = placement.prefill.instance_id if placement is not None and placement.prefill is not None else None
         self._close_span(end, attempts, decode, prefill)
