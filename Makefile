@@ -49,7 +49,7 @@ test-e2e: $(VENV)/.ready ## tests with real processes
 test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (about five minutes)
 	$(BIN)/pytest -m slow $(addsuffix /tests,$(MEMBERS)) tests
 
-test-faults: $(VENV)/.ready ## the whole fault matrix, as root (about two hours; FAULTS="--transports shm"); writes docs/faults.md
+test-faults: $(VENV)/.ready ## the whole fault matrix, as root (half an hour per transport on an idle machine; FAULTS="--transports shm"); writes docs/faults.md
 	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
 
 soak: $(VENV)/.ready ## 100,000 handoffs under random faults; writes build/soak.json (SOAK="--seed 1 --handoffs 1000")

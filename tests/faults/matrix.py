@@ -151,6 +151,8 @@ def main() -> int:
     if problem := why_not():
         say(f"the fault matrix cannot run here: {problem}")
         return 2
+    if chosen.markdown is not None and chosen.json is None:
+        parser.error("--markdown needs --json: the tables are made from that file")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     if chosen.folder is not None and chosen.folder.exists() and any(chosen.folder.iterdir()):
         parser.error(f"--folder {chosen.folder}: is not empty")
@@ -171,7 +173,7 @@ def main() -> int:
     if chosen.markdown is not None:
         from matrix_report import markdown
 
-        chosen.markdown.write_text(markdown(progress.report))
+        chosen.markdown.write_text(markdown([chosen.json]))
     say(f"{progress.num_problems} problems, {progress.num_unjudged} fields not judged")
     return 1 if progress.num_problems or progress.num_unjudged else 0
 
