@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -71,7 +72,7 @@ def serving(*answers: list[bytes] | None) -> Iterator[tuple[str, int]]:
 def load(address: tuple[str, int], **changes: object) -> Figures:
     """What a client of that server counts."""
     given = {
-        "addresses": [address],
+        "addresses": [(socket.AF_INET, address)],
         "path": "/v1/chat/completions",
         "headers": "Host: x\r\n",
         "prompts": [Prompt(b"{}", "one two three", 3)],
@@ -122,6 +123,28 @@ def test_a_connection_that_breaks_off_is_one_broken_request() -> None:
     assert figures.ends == {"broken": 1, "complete": 2}
 
 
+def test_a_kept_connection_the_server_closed_is_made_anew_and_counts_nothing() -> None:
+    with serving([*WHOLE, b""]) as address:
+        figures = load(address, requests=3)
+    assert figures.ends == {"complete": 3}
+    assert (figures.started, figures.reconnects) == (3, 2)
+
+
+def test_a_stream_that_says_it_has_fewer_tokens_is_wrong_even_if_nobody_knows_its_text() -> None:
+    usage = chunk({"choices": [], "usage": {"completion_tokens": 2}})
+    with serving([*WHOLE[:5], usage, *WHOLE[5:]]) as address:
+        figures = load(address, prompts=[Prompt(b"{}", None, 3)])
+    assert figures.ends == {"wrong_length": 1}
+    assert figures.without_usage == 0
+
+
+def test_a_broken_character_is_a_bad_response() -> None:
+    data = b'data: {"choices":[{"index":0,"delta":{"content":"\xe2\x82"}}]}\n\n'
+    with serving([HEAD, b"%x\r\n%b\r\n" % (len(data), data), *WHOLE[4:]], WHOLE) as address:
+        figures = load(address, requests=2)
+    assert figures.ends == {"bad_response": 1, "complete": 1}
+
+
 def test_a_request_without_an_answer_is_given_up() -> None:
     with serving(None) as address:
         figures = load(address, answer_limit_s=0.3)
@@ -136,5 +159,5 @@ def test_a_server_that_is_not_there_is_named() -> None:
 
 def test_connections_open_at_the_rate_asked_for() -> None:
     with serving(WHOLE[:2]) as address:  # nobody is answered, so each stays open
-        figures = load(address, connections=100, requests=0, open_per_s=50.0, duration_s=1.0, answer_limit_s=0.5)
+        figures = load(address, connections=100, requests=None, open_per_s=50.0, duration_s=1.0, answer_limit_s=0.5)
     assert 40 <= figures.started <= 60

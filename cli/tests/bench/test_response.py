@@ -90,6 +90,19 @@ def test_a_response_without_length_ends_with_its_connection() -> None:
     assert not fed(HEAD)[0].ended()
 
 
+def test_what_the_head_says_of_the_connection_is_heeded() -> None:
+    tail = b"Content-Length: 2\r\n\r\n{}"
+    kept = {b"1.1": (b"", True), b"1.0": (b"", False), b"1.1 ": (b"Connection: x, Close\r\n", False)}
+    for version, (connection, keeps_alive) in kept.items():
+        response, _ = fed(b"HTTP/%b 200 OK\r\n%b%b" % (version.strip(), connection, tail))
+        assert response.keeps_alive is keeps_alive
+
+
+def test_a_length_that_is_none_is_refused() -> None:
+    with pytest.raises(BadResponse, match="length"):
+        fed(b"HTTP/1.1 200 OK\r\nContent-Length: 12, 12\r\n\r\n")
+
+
 @pytest.mark.parametrize("data", [b"SSH-2.0-x\r\n\r\n", HEAD + b"zz\r\n\r\n0\r\n\r\n", HEAD + chunked(b"data: {\n\n")])
 def test_what_is_no_response_is_refused_with_what_was_found(data: bytes) -> None:
     with pytest.raises(BadResponse, match=r"SSH|zz|data|truncated"):

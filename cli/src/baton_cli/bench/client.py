@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, TypeAlias
 
 from baton_cli.bench.figures import Figures
 from baton_cli.bench.response import Answer, BadResponse, Response
@@ -17,7 +18,11 @@ from baton_cli.bench.response import Answer, BadResponse, Response
 READ_BYTES = 1 << 16
 POLL_S = 0.2
 PAUSE_S = 0.2  # before a connection that could not be made, or was refused, is used again
+_CLOSED = ("broken", "econnreset", "epipe")
 _IN, _OUT = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR, select.EPOLLOUT
+
+
+Address: TypeAlias = tuple[int, Any]  # family, socket address
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,18 @@ class Prompt:
 class Load:
     """What one process does.
 
-    addresses: (host, port) of the server, in turn; connections: at a time; open_per_s: at which they are opened, 0: at once.
-    requests: in all, 0: no limit; duration_s: no request is started later; answer_limit_s: a request that takes longer is hung.
+    addresses: (family, address) of the server, as sockets take them, in turn; connections: at a time; open_per_s: at which they are
+    opened, 0: at once.
+    requests: in all, None: no limit; duration_s: no request is started later; answer_limit_s: a request that takes longer is hung.
     """
 
-    addresses: Sequence[tuple[str, int]]
+    addresses: Sequence[Address]
     path: str
     headers: str
     prompts: Sequence[Prompt]
     connections: int
     open_per_s: float
-    requests: int
+    requests: int | None
     duration_s: float
     answer_limit_s: float
     seed: int
@@ -52,10 +58,11 @@ class Load:
 class _Stream:
     """One connection and the request on it."""
 
-    __slots__ = ("address", "out", "prompt", "response", "sent_at", "sock")
+    __slots__ = ("address", "is_reused", "out", "prompt", "response", "sent_at", "sock")
 
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, address: Address) -> None:
         self.address = address
+        self.is_reused = False  # its connection had a request before
         self.sock: socket.socket | None = None
         self.out = b""
         self.prompt: Prompt | None = None
@@ -80,11 +87,14 @@ class Client:
     def run(self, tell: Callable[[Figures], None], is_stopped: Callable[[], bool]) -> None:
         """Until the last answer. tell: called about twice a second; is_stopped: start nothing more, wait for what runs."""
         self._began = self._clock()
-        cpu_began, told_at, swept_at = time.process_time(), self._began, self._began
+        cpu_began, told_at, swept_at, asked_at = time.process_time(), self._began, self._began, self._began
         stopped = False
         while True:
             now = self._clock()
-            stopped = stopped or is_stopped() or self._is_over(now)
+            stopped = stopped or self._is_over(now)
+            if now - asked_at > 0.1:  # asking costs as much as some reads
+                asked_at = now
+                stopped = stopped or is_stopped()
             if not stopped:
                 self._open_more(now)
                 self._wake_idle(now)
@@ -107,7 +117,10 @@ class Client:
         tell(self.figures)
 
     def _is_over(self, now: float) -> bool:
-        return now - self._began >= self._load.duration_s or 0 < self._load.requests <= self.figures.started
+        return now - self._began >= self._load.duration_s or self._has_enough()
+
+    def _has_enough(self) -> bool:
+        return self._load.requests is not None and self.figures.started >= self._load.requests
 
     # Connections.
 
@@ -126,13 +139,19 @@ class Client:
 
     def _begin(self, stream: _Stream) -> None:
         """Send the next request, on a new connection if there is none."""
-        if 0 < self._load.requests <= self.figures.started:
+        if self._has_enough():
             return self._close(stream)
-        prompt = self._random.choice(self._load.prompts)
-        head = f"POST {self._load.path} HTTP/1.1\r\n{self._load.headers}Content-Length: {len(prompt.body)}\r\n\r\n"
-        stream.prompt, stream.out, stream.response = prompt, head.encode() + prompt.body, Response()
+        stream.prompt = self._random.choice(self._load.prompts)
         stream.sent_at = self._clock()
         self.figures.started += 1
+        self._send(stream)
+
+    def _send(self, stream: _Stream) -> None:
+        prompt = stream.prompt
+        assert prompt is not None
+        head = f"POST {self._load.path} HTTP/1.1\r\n{self._load.headers}Content-Length: {len(prompt.body)}\r\n\r\n"
+        stream.out, stream.response = head.encode() + prompt.body, Response()
+        stream.is_reused = stream.sock is not None
         if stream.sock is None:
             try:
                 self._connect(stream)
@@ -144,10 +163,10 @@ class Client:
 
     @staticmethod
     def _connect(stream: _Stream) -> None:
-        family = socket.AF_INET6 if ":" in stream.address[0] else socket.AF_INET
+        family, address = stream.address
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        code = sock.connect_ex(stream.address)
+        code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
             sock.close()
             raise OSError(code, errno.errorcode.get(code, str(code)))
@@ -196,7 +215,7 @@ class Client:
     def _complete(self, stream: _Stream, stopped: bool) -> None:
         now, response = self._clock(), stream.response
         answer = response.answer()
-        if not response.keeps_alive:
+        if not response.keeps_alive or stream.out:  # an answer before all of the request was read: the rest would be taken for the next one
             self._forget(stream)
             self._close(stream)
         end = self._judge(stream, answer, now)
@@ -205,6 +224,10 @@ class Client:
     def _break(self, stream: _Stream, why: str, stopped: bool) -> None:
         self._forget(stream)
         self._close(stream)
+        if stream.is_reused and not stream.response.has_begun and why in _CLOSED:
+            # The server had closed the idle connection; it has not seen this request.
+            self.figures.reconnects += 1
+            return self._send(stream)
         self._end(stream, why, stopped)
 
     def _judge(self, stream: _Stream, answer: Answer, now: float) -> str:
@@ -214,6 +237,7 @@ class Client:
         times = answer.event_times
         if times:
             figures.first_s.add(times[0] - stream.sent_at)
+            figures.events += len(times)
             for before, at in pairwise(times):
                 figures.gap_s.add(at - before)
                 figures.same_read += at == before
@@ -223,7 +247,7 @@ class Client:
         if answer.error:
             return answer.error
         figures.total_s.add(now - stream.sent_at)
-        figures.events += len(times)
+        figures.without_usage += answer.completion_tokens is None
         figures.tokens += answer.completion_tokens if answer.completion_tokens is not None else prompt.max_tokens
         if len(answer.finish_reasons) != 1 or not answer.is_done:
             self._note(f"{len(answer.finish_reasons)} finish reasons, {'an end' if answer.is_done else 'no end'}")
@@ -231,7 +255,7 @@ class Client:
         if prompt.text is not None and answer.text != prompt.text:
             self._note(f"wrong text: {_difference(answer.text, prompt.text)}")
             return "wrong_text"
-        if prompt.text is None and answer.finish_reasons[0] == "length" and answer.completion_tokens not in (None, prompt.max_tokens):
+        if answer.finish_reasons[0] == "length" and answer.completion_tokens not in (None, prompt.max_tokens):
             self._note(f"{answer.completion_tokens} tokens instead of {prompt.max_tokens}")
             return "wrong_length"
         return "complete"

@@ -15,6 +15,8 @@ from baton_cli.bench import report as reports
 from baton_cli.bench.figures import Figures
 from baton_cli.bench.stream import Options, Run, Server
 
+_OWN_FIELDS = {"model", "messages", "prompt", "max_tokens", "max_completion_tokens", "stream", "stream_options", "n"}
+
 
 def _body(_: click.Context, __: click.Parameter, value: str) -> dict[str, Any]:
     try:
@@ -23,6 +25,8 @@ def _body(_: click.Context, __: click.Parameter, value: str) -> dict[str, Any]:
         raise click.BadParameter(f"not JSON: {error}") from error
     if not isinstance(body, dict):
         raise click.BadParameter('not an object, such as {"ignore_eos": true}')
+    if own := _OWN_FIELDS & body.keys():
+        raise click.BadParameter(f"{', '.join(sorted(own))}: there is an option for it")
     return body
 
 
@@ -88,7 +92,7 @@ def bench() -> None:
     help="text: each answer equals the one without streaming; length: one end, so many tokens; auto: text, if answers repeat.",
 )
 @click.option("--body", default='{"ignore_eos": true}', show_default=True, callback=_body, help="JSON object added to each request.")
-@click.option("--api-key", envvar="OPENAI_API_KEY", default="", help="Sent as a bearer token.")
+@click.option("--api-key", default="", help="Sent as a bearer token, unencrypted.")
 @click.option(
     "--answer-limit", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds after which a request counts as hung."
 )
@@ -129,6 +133,8 @@ def stream(
     if not duration and not given["requests"]:
         raise click.UsageError("give --duration or --requests, else it never ends")
     options = Options(urls=urls, duration_s=duration, open_per_s=open_rate, answer_limit_s=answer_limit, pids=pids, **given)
+    if plot is not None:
+        reports.check_plot(plot)
     prompts, check = Server.of(options)
     is_live = sys.stderr.isatty()
 
@@ -139,8 +145,8 @@ def stream(
     report = Run(options, prompts, tell).run(check)
     if is_live:
         click.echo("", err=True)
+    click.echo(json.dumps(report.as_json(), indent=1) if as_json else reports.text(report))
     if plot is not None:
         reports.plot(report, plot)
-    click.echo(json.dumps(report.as_json(), indent=1) if as_json else reports.text(report))
     if not report.is_clean:
         sys.exit(1)

@@ -52,7 +52,8 @@ class Figures:
     ends: how requests ended: "complete", or why not ("http_429", "engine_crash", "hung", "wrong_text", ...).
     first_s: request sent to first text; gap_s: between events with text of one answer, 0 for those that came in one read, which are
     counted in `same_read`; total_s: request sent to the end of the answer; refused_s: to a 429. problems: the first few, in words.
-    most_open: streams open at one time.
+    reconnects: requests sent again because the server had closed the idle connection; without_usage: answers that did not say how many
+    tokens they have. most_open: streams open at one time; over several processes the sum of each one's most.
     """
 
     started: int = 0
@@ -61,6 +62,8 @@ class Figures:
     events: int = 0
     same_read: int = 0
     num_bytes: int = 0
+    reconnects: int = 0
+    without_usage: int = 0
     first_s: Durations = field(default_factory=Durations)
     gap_s: Durations = field(default_factory=Durations)
     total_s: Durations = field(default_factory=Durations)
@@ -84,7 +87,17 @@ class Figures:
         """Those of another process."""
         self.started += other.started
         self.ends.update(other.ends)
-        for name in ("tokens", "events", "same_read", "num_bytes", "most_open", "without_retry_after", "cpu_s"):
+        for name in (
+            "tokens",
+            "events",
+            "same_read",
+            "num_bytes",
+            "reconnects",
+            "without_usage",
+            "most_open",
+            "without_retry_after",
+            "cpu_s",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("first_s", "gap_s", "total_s", "refused_s"):
             getattr(self, name).merge(getattr(other, name))

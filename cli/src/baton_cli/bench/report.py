@@ -1,5 +1,6 @@
 """A report of `baton bench stream` for people: a table, and a picture."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def text(report: Report) -> str:
     for name, durations in (("first text", report.figures.first_s), ("gap", report.figures.gap_s)):
         if durations.count:
             lines += ["", f"{name}, ms", *_histogram(durations)]
+    if report.figures.without_usage and report.options.is_stream:
+        lines.append(f"{report.figures.without_usage:,} answers did not say how many tokens they have: counted as --max-tokens")
     if report.figures.problems:
         lines += ["", "problems:", *(f"  {problem}" for problem in report.figures.problems)]
     return "\n".join(lines)
@@ -75,12 +78,20 @@ def _histogram(durations: Durations) -> list[str]:
     return lines
 
 
+def check_plot(path: Path) -> None:
+    """Whether a plot can be drawn there. Raises: ClickException."""
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise ClickException(f"--plot {path}: must end in .svg, .png or .pdf")
+    if not path.resolve().parent.is_dir():
+        raise ClickException(f"--plot {path}: there is no such folder")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ClickException("--plot needs matplotlib: pip install 'baton-cli[plot]'")
+
+
 def plot(report: Report, path: Path) -> None:
-    """Shares of first texts and gaps that took no longer than so many ms. Raises: ClickException if matplotlib is missing."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise ClickException("--plot needs matplotlib: pip install 'baton-cli[plot]'") from None
+    """Shares of first texts and gaps that took no longer than so many ms. Call `check_plot` before the load."""
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, name, durations in ((axes[0], "first text", report.figures.first_s), (axes[1], "gap between events", report.figures.gap_s)):
         at, share, total = [], [], 0

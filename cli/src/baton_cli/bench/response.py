@@ -13,7 +13,8 @@ import msgspec
 
 _HEAD_END = b"\r\n\r\n"
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
-_EVENT = re.compile(rb"data: ?(.*?)\r?\n\r?\n", re.DOTALL)
+_EVENT = re.compile(rb"^data: ?(.*?)\r?\n\r?\n", re.DOTALL | re.MULTILINE)
+_MAX_ERROR_CHARS = 60  # errors are counted by their text
 
 
 class BadResponse(Exception):
@@ -103,13 +104,18 @@ class Response:
             return self._raw.endswith(_LAST_CHUNK) or (self._raw.endswith(b"0\r\n\r\n") and len(self._raw) == self._body_start + 5)
         return self._length is not None and len(self._raw) >= self._body_start + self._length
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether any byte has come."""
+        return bool(self._raw)
+
     def ended(self) -> bool:
         """The connection was closed. Returns: whether that completes the response (one without a length)."""
         self.keeps_alive = False
         return bool(self._body_start) and not self._is_chunked and self._length is None
 
     def answer(self) -> Answer:
-        """What a complete response, or one that broke off, says. Raises: BadResponse."""
+        """What a complete response says. Raises: BadResponse."""
         found = Answer(self.status, retry_after=self.headers.get("retry-after", ""))
         if "text/event-stream" in self.headers.get("content-type", ""):
             self._read_events(found)
@@ -134,8 +140,13 @@ class Response:
         self._body_start = end + len(_HEAD_END)
         self._is_chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
         if not self._is_chunked and "content-length" in self.headers:
-            self._length = int(self.headers["content-length"])
-        self.keeps_alive = self.headers.get("connection", "").lower() != "close" and (self._is_chunked or self._length is not None)
+            length = self.headers["content-length"]
+            if not length.isdigit():
+                raise BadResponse(f"not a length: {length[:40]!r}")
+            self._length = int(length)
+        options = {option.strip() for option in self.headers.get("connection", "").lower().split(",")}
+        is_kept = "close" not in options and (version != "HTTP/1.0" or "keep-alive" in options)
+        self.keeps_alive = is_kept and (self._is_chunked or self._length is not None)
         return True
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
@@ -178,13 +189,14 @@ class Response:
             return
         try:
             event = _decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if self.status == 200:
                 raise BadResponse(f"{error}: {data[:80]!r}") from None
             return  # an error page of something in between
         if event.error is not None:
             error_ = event.error
-            found.error = error_ if isinstance(error_, str) else str(error_.code or error_.type or error_.message or "unnamed")
+            text = error_ if isinstance(error_, str) else str(error_.code or error_.type or error_.message)
+            found.error = text[:_MAX_ERROR_CHARS] or "unnamed"
         if event.usage is not None:
             found.completion_tokens = event.usage.completion_tokens
         piece = ""

@@ -10,6 +10,7 @@ import multiprocessing
 import random
 import resource
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ class Report:
             "gap_ms": _quantiles(figures.gap_s),
             "whole_answer_ms": _quantiles(figures.total_s),
             "refused_ms": _quantiles(figures.refused_s),
+            "answers_without_usage": figures.without_usage,
+            "reconnects": figures.reconnects,
             "refused_without_retry_after": figures.without_retry_after,
             "client_cpu_s": round(figures.cpu_s, 2),
             "servers": [self._server(watched) for watched in self.watched],
@@ -179,7 +182,10 @@ class Server:
                 texts, check = await self._references(http, requests)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ClickException(f"{self._url} cannot be asked: {error or type(error).__name__}") from error
-        stream = {"stream": True} if self._options.is_stream else {}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ClickException(f"{self._url} does not answer as OpenAI's API does: {type(error).__name__}: {error}") from error
+        # Else a stream does not say how many tokens it has.
+        stream = {"stream": True, "stream_options": {"include_usage": True}} if self._options.is_stream else {}
         made = [
             Prompt(json.dumps({**body, **stream}).encode(), text, self._options.max_tokens)
             for body, text in zip(requests, texts, strict=True)
@@ -206,11 +212,12 @@ class Server:
         if self._options.check == "length":
             return [None] * len(requests), "length, as asked for"
         first, second = [await asyncio.gather(*map(ask, requests)) for _ in range(2)]
-        if first == second:
+        if first == second and all(first):
             return list(first), "text: equal to the answer without streaming"
+        why = "the server gives two answers to the same prompt" if first != second else "the server answers with no text"
         if self._options.check == "text":
-            raise ClickException("the server gives two answers to the same prompt; use --check length, or a seed: --body '{\"seed\": 1}'")
-        return [None] * len(requests), "length: the server gives two answers to the same prompt"
+            raise ClickException(f"{why}; use --check length, or a seed: --body '{{\"seed\": 1}}'")
+        return [None] * len(requests), f"length: {why}"
 
     async def _text(self, http: aiohttp.ClientSession, body: dict[str, Any]) -> str:
         async with http.post(f"{self._url}{path_of(self._options.endpoint)}", json=body) as response:
@@ -225,14 +232,14 @@ class Server:
 
 
 def num_processes(options: Options) -> int:
-    """As many as asked for; else as few as can hold the connections. Raises: ClickException."""
+    """As many as asked for; else as few as can hold the connections; never more than there are requests. Raises: ClickException."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1] - FDS_IN_RESERVE
     needed = -(-options.connections // max(1, limit))
     if 0 < options.processes < needed:
         raise ClickException(
             f"--processes {options.processes}: a process may open {limit} connections here, {needed} are needed for {options.connections}"
         )
-    return min(options.processes or needed, options.connections)
+    return min(options.processes or needed, options.connections, options.requests or options.connections)
 
 
 def loads(options: Options, prompts: Sequence[Prompt], count: int) -> list[Load]:
@@ -240,10 +247,7 @@ def loads(options: Options, prompts: Sequence[Prompt], count: int) -> list[Load]
     host_headers = f"Host: {urlsplit(options.urls[0]).netloc}\r\nContent-Type: application/json\r\nAccept: text/event-stream\r\n"
     if options.api_key:
         host_headers += f"Authorization: Bearer {options.api_key}\r\n"
-    addresses = []
-    for url in options.urls:
-        parts = urlsplit(url)
-        addresses.append((parts.hostname or "", parts.port or 80))
+    addresses = [_resolved(url) for url in options.urls]
     prefix = urlsplit(options.urls[0]).path.rstrip("/")
     return [
         Load(
@@ -253,13 +257,23 @@ def loads(options: Options, prompts: Sequence[Prompt], count: int) -> list[Load]
             prompts=prompts,
             connections=_share(options.connections, index, count),
             open_per_s=options.open_per_s / count,
-            requests=_share(options.requests, index, count),
+            requests=_share(options.requests, index, count) if options.requests else None,
             duration_s=options.duration_s if options.duration_s else float("inf"),
             answer_limit_s=options.answer_limit_s,
             seed=options.seed * 1000 + index,
         )
         for index in range(count)
     ]
+
+
+def _resolved(url: str) -> tuple[int, Any]:
+    """Once, and not by each connection. Raises: ClickException."""
+    parts = urlsplit(url)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)[0]
+    except (OSError, ValueError) as error:
+        raise ClickException(f"--url {url}: {error}") from error
+    return family, address
 
 
 def _share(number: int, index: int, count: int) -> int:
@@ -288,6 +302,7 @@ class Run:
         self._loads = loads(options, prompts, num_processes(options))
         self._tell = tell
         self._latest: list[Figures] = [Figures() for _ in self._loads]
+        self._is_interrupted = False
 
     def run(self, check: str) -> Report:
         """Start, wait, add up. Ctrl-C starts nothing more and waits for the answers that are under way."""
@@ -304,15 +319,21 @@ class Run:
             for pipe in pipes:
                 if not pipe.poll(READY_LIMIT_S):
                     raise ClickException(f"a client process is not ready within {READY_LIMIT_S:g} s")
-                pipe.recv()
+                self._received(pipe)
             watch = Watch(self._options.pids)
             began = time.monotonic()
             for pipe in pipes:
                 pipe.send("go")
-            self._follow(pipes, began, watch)
+            before = signal.signal(signal.SIGINT, self._on_interrupt)
+            try:
+                self._follow(pipes, began, watch)
+            finally:
+                signal.signal(signal.SIGINT, before)
             load_s = time.monotonic() - began
             return Report(self._options, check, len(pipes), load_s, self._total(), watch.ended())
         finally:
+            for pipe in pipes:
+                pipe.close()
             for process in processes:
                 process.join(1.0)
                 if process.is_alive():
@@ -322,28 +343,38 @@ class Run:
         running = dict(enumerate(pipes))
         told_at = 0.0
         while running:
-            try:
-                ready = wait(list(running.values()), timeout=0.5)
-                for index, pipe in list(running.items()):
-                    if pipe in ready and self._heard(index, pipe):
-                        del running[index]
-                watch.sample()
-                if time.monotonic() - told_at > 0.5:
-                    told_at = time.monotonic()
-                    self._tell(told_at - began, self._total())
-            except KeyboardInterrupt:
+            if self._is_interrupted:
+                self._is_interrupted = False
                 for pipe in running.values():
-                    pipe.send("stop")
+                    try:
+                        pipe.send("stop")
+                    except OSError:
+                        pass  # it is over; its last words are still to be read
+            ready = wait(list(running.values()), timeout=0.5)
+            for index, pipe in list(running.items()):
+                if pipe in ready and self._heard(index, pipe):
+                    del running[index]
+            watch.sample()
+            if time.monotonic() - told_at > 0.5:
+                told_at = time.monotonic()
+                self._tell(told_at - began, self._total())
+
+    def _on_interrupt(self, *_: object) -> None:
+        self._is_interrupted = True
 
     def _heard(self, index: int, pipe: Connection) -> bool:
-        """Returns: whether this process is over. Raises: ClickException if it died."""
-        try:
-            message = pipe.recv()
-        except EOFError:
-            raise ClickException("a client process has died; its last words are above") from None
+        """Returns: whether this process is over."""
+        message = self._received(pipe)
         if isinstance(message, Figures):
             self._latest[index] = message
         return bool(message == "over")
+
+    @staticmethod
+    def _received(pipe: Connection) -> Any:
+        try:
+            return pipe.recv()
+        except (EOFError, OSError):
+            raise ClickException("a client process has died; its last words are above") from None
 
     def _total(self) -> Figures:
         total = Figures()
