@@ -12,7 +12,7 @@ from baton_runtime.layouts import layout_mismatch, layout_text, model_mismatch
 from baton_handoff.tag import layout_from_record
 from baton_handoff.transports.reslice import Reslice
 
-# Introductions are kept as long as the process, some 2 KB each; a restart of a peer adds one. The oldest go first.
+# Introductions are kept as long as the process, some 2 KB each; a restart of a peer adds one. Those that nobody asked for go first.
 MAX_INTRODUCTIONS = 4096
 MAX_SECRETS = 8  # per pair: one per kvtransfer life
 
@@ -27,7 +27,7 @@ class Acquaintance:
 
 
 class Introductions:
-    """All its state: `_known` by incarnation of the peer, oldest first, and the callbacks of `subscribe`."""
+    """All its state: `_known` by incarnation of the peer, longest unused first, and the callbacks of `subscribe`."""
 
     def __init__(self, own: Callable[[], Instance]) -> None:
         self._own = own
@@ -57,7 +57,10 @@ class Introductions:
 
     def get(self, incarnation: str) -> Acquaintance | None:
         """The peer, if it was introduced."""
-        return self._known.get(incarnation)
+        known = self._known.pop(incarnation, None)
+        if known is not None:
+            self._known[incarnation] = known
+        return known
 
     def layout_of(self, incarnation: str) -> BlockLayout | None:
         """The peer's layout; None if the pair may not be formed, or is not introduced."""

@@ -44,6 +44,7 @@ class PairListener:
         try:
             family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._listener = socket.create_server(address[:2], family=family, backlog=128)
+            wire.avoid_bbr(self._listener)
         except OSError as error:
             raise TransportUnavailable(self._name, f"cannot listen on {host}:{port}: {error}") from error
         self.port = self._listener.getsockname()[1]

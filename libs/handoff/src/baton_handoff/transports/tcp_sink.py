@@ -215,6 +215,7 @@ class Connection:
                 raise ConnectionFailed("stopped before it connected")
         try:
             sock.settimeout(self._config.connect_limit_s)
+            wire.avoid_bbr(sock)
             sock.connect(self._target.sockaddr)
             wire.prepare(sock)
         except OSError as error:

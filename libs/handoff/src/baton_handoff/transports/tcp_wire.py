@@ -43,10 +43,11 @@ MAX_CALL_VIEWS = 256
 # A sleeping receiver is woken when so much is there, not for every segment: waking costs the sender more than sending (measured:
 # a fifth faster, without a checksum).
 WAKE_BYTES = 1 << 19
-# In this order, as far as the system has them and lets us. Operations are bursts with pauses between them; BBR takes the pauses for the
-# speed of the path and paces the next burst by it, with one segment under way and a delayed acknowledgement for each (measured
-# 2026-11-25, BBR being the system's choice: 2 MiB took 75-105 ms instead of 3, some once in 500 operations; cubic never in 6,600).
-CONGESTION_CONTROLS = ("cubic", "reno")
+# What takes BBR's place where it is the system's choice, in this order, as far as the system has them and lets us. Operations are bursts
+# with pauses between them; BBR takes the pauses for the speed of the path and paces the next burst by it, with one segment under way
+# and a delayed acknowledgement for each (measured 2026-11-25: 2 MiB took 75-105 ms instead of 3, some once in 500 operations; with
+# cubic never in 6,600).
+INSTEAD_OF_BBR = ("cubic", "reno")
 _TICK_S = 0.5
 _SEND_TICK_S = 0.25
 _IDLE_TICK_S = 60.0
@@ -126,20 +127,24 @@ class Watch:
 
 
 def prepare(sock: socket.socket) -> None:
-    """Blocking with the kernel's own timeouts (no poll per call), keepalive, no delay, no pacing."""
+    """Blocking with the kernel's own timeouts (no poll per call), keepalive, no delay."""
     sock.settimeout(None)
     _set_tick(sock, socket.SO_RCVTIMEO, _TICK_S)
     _set_tick(sock, socket.SO_SNDTIMEO, _SEND_TICK_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    _choose_congestion_control(sock)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 10_000)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _choose_congestion_control(sock: socket.socket) -> None:
-    for name in CONGESTION_CONTROLS if hasattr(socket, "TCP_CONGESTION") else ():
+def avoid_bbr(sock: socket.socket) -> None:
+    """Before it connects or listens (accepted connections inherit it): a socket that BBR has begun to pace stays paced."""
+    if not hasattr(socket, "TCP_CONGESTION"):
+        return
+    if not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
+        return
+    for name in INSTEAD_OF_BBR:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
         except OSError:  # not loaded, or not among tcp_allowed_congestion_control
