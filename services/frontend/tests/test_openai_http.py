@@ -500,6 +500,17 @@ async def test_trace_context_reaches_the_generator(serve: Serve) -> None:
     assert f"{trace.get_current_span(context).get_span_context().trace_id:032x}" == traceparent.split("-")[1]
 
 
+@pytest.mark.parametrize("body", [CHAT, {**CHAT, "stream": True}, {**CHAT, "max_tokens": -1}, {**CHAT, "model": "none"}])
+async def test_every_answer_and_error_names_its_request_and_trace(serve: Serve, body: dict[str, Any]) -> None:
+    sent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with serve() as served, aiohttp.ClientSession() as session:
+        response = await session.post(served.url + "/v1/chat/completions", json=body, headers={"traceparent": sent})
+        await response.read()
+    headers = response.headers
+    assert headers["traceparent"].split("-")[1] == sent.split("-")[1]
+    assert headers["X-Request-Id"]
+
+
 async def test_models_health_and_metrics(serve: Serve) -> None:
     async with serve() as served, aiohttp.ClientSession() as session:
 

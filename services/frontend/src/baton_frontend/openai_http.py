@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -13,7 +13,7 @@ from aiohttp import web
 from baton_runtime import semconv
 from baton_runtime.errors import BatonError
 from baton_runtime.log import get_logger
-from baton_runtime.telemetry import context_from
+from baton_runtime.telemetry import context_from, traceparent
 from opentelemetry import trace
 from opentelemetry.context import Context
 
@@ -58,6 +58,13 @@ class HttpRecord:
     ended_at: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    request_id: str = ""  # of the first choice; empty before anything was submitted
+    traceparent: str = ""  # of the call's span; empty without tracing
+
+    def headers(self) -> dict[str, str]:
+        """By which the call is found again in logs and traces."""
+        ids = {"X-Request-Id": self.request_id or secrets.token_hex(8)}
+        return {**ids, "traceparent": self.traceparent} if self.traceparent else ids
 
 
 class HttpObserver(Protocol):
@@ -161,9 +168,10 @@ class OpenAIHandlers:
             trace.SpanKind.SERVER,
             {semconv.HTTP_REQUEST_METHOD: "POST", semconv.HTTP_ROUTE: request.path},
         )
+        context = trace.set_span_in_context(span)
+        record.traceparent = traceparent(context)
         try:
             planned = await self._plan(request, endpoint, record)
-            context = trace.set_span_in_context(span)
             answer = self._stream if planned.body.stream else self._collect
             response = await answer(request, planned, record, context)
             record.status = response.status
@@ -171,7 +179,9 @@ class OpenAIHandlers:
         except (ApiError, BatonError) as error:
             refusal = error if isinstance(error, ApiError) else from_baton_error(error)
             record.status, record.error_code = refusal.status, refusal.code
-            return error_response(refusal)
+            headers = record.headers()
+            log.debug("http_refused", request_id=headers["X-Request-Id"], status=refusal.status, code=refusal.code, error=refusal.message)
+            return error_response(refusal, headers)
         except (asyncio.CancelledError, ConnectionError):
             record.status = CLIENT_CLOSED_REQUEST
             raise
@@ -236,7 +246,7 @@ class OpenAIHandlers:
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
         choices = [sink.as_json(index, form, planned.loaded.names) for index, sink in enumerate(sinks)]
         body = form.response(choices, usage, resumed, extra)
-        return web.Response(body=body, content_type="application/json", headers={"X-Request-Id": call.response_id})
+        return web.Response(body=body, content_type="application/json", headers=record.headers())
 
     async def _stream(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
@@ -249,7 +259,8 @@ class OpenAIHandlers:
             # The generator calls no sink from inside submit, so there is time to bind them to their writer.
             call.submit(self._generator, sinks, context)
             form = _format(planned, call)
-            writer = self._open_writer(request, call)
+            record.request_id = call.response_id
+            writer = self._open_writer(request, call, record)
             call.on_ended = partial(finish_stream, call, writer, form)
             for sink in sinks:
                 sink.bind(writer, form)
@@ -264,13 +275,13 @@ class OpenAIHandlers:
             raise call.failure
         return DirectResponse(writer.keep_alive)
 
-    def _open_writer(self, request: web.Request, call: Call) -> EventWriter:
+    def _open_writer(self, request: web.Request, call: Call, record: HttpRecord) -> EventWriter:
         def on_lost() -> None:
             call.cancel()
             call.wake()
 
         limit = self._settings.slow_reader_limit_bytes
-        headers = f"X-Request-Id: {call.response_id}\r\n".encode()
+        headers = "".join(f"{name}: {value}\r\n" for name, value in record.headers().items()).encode()
         return EventWriter(request, headers, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
 
     async def _follow(self, call: Call, writer: EventWriter, sinks: list[StreamSink]) -> None:
@@ -296,6 +307,7 @@ def _format(planned: PlannedCall, call: Call) -> ResponseFormat:
 
 
 def _note(record: HttpRecord, call: Call) -> None:
+    record.request_id = call.response_id
     record.first_token_at = call.first_token_at
     record.output_tokens = sum(choice.text.num_tokens for choice in call.choices)
     if call.failure is not None:
@@ -306,9 +318,10 @@ def _json(content: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
 
 
-def error_response(error: ApiError) -> web.Response:
-    """An error in OpenAI's form."""
-    return web.Response(body=error.body(), status=error.status, content_type="application/json", headers=error.headers())
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> web.Response:
+    """An error in OpenAI's form. headers: beside its own."""
+    all_headers = {**error.headers(), **(headers or {})}
+    return web.Response(body=error.body(), status=error.status, content_type="application/json", headers=all_headers)
 
 
 @web.middleware
