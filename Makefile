@@ -52,9 +52,8 @@ test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (abou
 test-faults: $(VENV)/.ready ## the whole fault matrix, as root (half an hour per transport on an idle machine; FAULTS="--transports shm"); writes docs/faults.md
 	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
 
-soak: $(VENV)/.ready ## 100,000 handoffs under random faults; writes build/soak.json (SOAK="--seed 1 --handoffs 1000")
-	@mkdir -p build
-	$(BIN)/python tests/load/soak.py --json build/soak.json $(SOAK)
+soak: $(VENV)/.ready ## 100,000 handoffs under random faults, 20 minutes; writes bench/results/soak-DATE.json (SOAK="--seed 1 --handoffs 1000")
+	$(BIN)/python tests/load/soak.py --json bench/results/soak-$$(date +%F).json $(SOAK)
 
 test-alone: $(VENV)/.ready ## build each service from its declared dependencies alone and run its tests there
 	$(BIN)/python tests/alone/build_alone.py
@@ -82,7 +81,7 @@ proto-check: $(VENV)/.ready $(VENV)-proto/.ready
 
 bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to confirm, handoffs per second of the books, a plot (six minutes)
 	@status=0; for script in $(wildcard $(HANDOFF_BENCHES)); do \
-		echo "== $$script" >&2; $(BIN)/python $$script || status=1; done; $(BIN)/python bench/plot_handoff.py; exit $$status
+		echo "== $$script" >&2; $(BIN)/python $$script || status=1; done; $(BIN)/python bench/plot_handoff.py || status=1; exit $$status
 
 plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
 	$(BIN)/python bench/plot_handoff.py

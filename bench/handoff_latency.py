@@ -351,7 +351,7 @@ async def measure(transport: str, options: argparse.Namespace) -> dict[str, obje
                 ]
     bare = await bare_round_trip_ms(options.requests)
     for case in cases:
-        case["bare_round_trip_share"] = [round(floor / case["exposed_minus_link_ms"][i], 2) for i, floor in enumerate(bare)]
+        case["bare_round_trip_share"] = [round(floor / max(case["exposed_minus_link_ms"][i], 1e-3), 2) for i, floor in enumerate(bare)]
     return {"transport": transport, "link_gb_per_s": round(link, 3), "bare_round_trip_ms": bare, "cases": cases}
 
 

@@ -22,9 +22,15 @@ MIN_LIFE_S = 600  # as in tests/load/soak_watch.py: lives that are judged
 Record = dict[str, Any]
 
 
+class NothingToDraw(Exception):
+    """The results are of another form, or too short for this panel."""
+
+
 def speed(axes: Axes, record: Record) -> None:
     """Ratio of each transport to its baseline, by block size, and what was aimed at."""
     rows = [row for row in record["results"] if row["order"] == "scattered" and row.get("target")]
+    if not rows:
+        raise NothingToDraw
     names = list(dict.fromkeys(row["case"] for row in rows))
     sizes = sorted({row["block_kib"] for row in rows})
     width = 0.8 / len(sizes)
@@ -36,7 +42,7 @@ def speed(axes: Axes, record: Record) -> None:
             axes.hlines(found[name]["target"], place - width / 2, place + width / 2, colors="black", linewidth=1)
     baselines = {row["case"]: row["baseline"] for row in rows}
     axes.set_xticks(range(len(names)), [f"{name}\nto {_short(baselines[name])}" for name in names])
-    axes.set_title(f"2,048 scattered blocks: ratio to its baseline (line: target), {record['date']}")
+    axes.set_title(f"{record['num_blocks']:,} scattered blocks: ratio to its baseline (line: target), {record['date']}")
     axes.legend(frameon=False, ncols=len(sizes))
 
 
@@ -69,7 +75,7 @@ def books(axes: Axes, record: Record) -> None:
     axes.axhline(20.0, color="black", linewidth=1, linestyle="--", label="limit of p99 at 5,000/s")
     axes.axvline(5000.0, color="black", linewidth=1, linestyle="--")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("handoffs per second, 256 in flight, one kvtransfer on one core")
+    axes.set_xlabel(f"handoffs per second, {record['in_flight']} in flight, one kvtransfer on one core")
     axes.set_ylabel("event to echo, ms")
     axes.set_title("books")
     axes.legend(frameon=False)
@@ -77,12 +83,12 @@ def books(axes: Axes, record: Record) -> None:
 
 def memory(axes: Axes, record: Record) -> None:
     """Resident memory of the processes that lived for long."""
-    for life in record["memory"]:
-        if life["lived_s"] >= MIN_LIFE_S:
-            course = life["course"]
-            axes.plot(
-                [at for at, *_ in course], [rss for _, rss, _ in course], label=f"{life['name']} ({life['growth']:+.1%})", linewidth=1
-            )
+    lives = [life for life in record["memory"] if life["lived_s"] >= MIN_LIFE_S]
+    if not lives:
+        raise NothingToDraw
+    for life in lives:
+        times, sizes, _ = zip(*life["course"], strict=True)
+        axes.plot(times, sizes, label=f"{life['name']} ({life['growth']:+.1%})", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("s")
     axes.set_ylabel("resident MiB")
@@ -99,9 +105,17 @@ PANELS: dict[str, Callable[[Axes, Record], None]] = {
 
 
 def newest(folder: Path, kind: str) -> Record | None:
-    """The newest results of that kind; names carry the date."""
-    files = sorted(folder.glob(f"{kind}-2*.json"))
-    return json.loads(files[-1].read_text()) if files else None
+    """The newest results of that kind that can be drawn; names carry the date."""
+    for file in sorted(folder.glob(f"{kind}-2*.json"), reverse=True):
+        record = json.loads(file.read_text())
+        try:
+            PANELS[kind](plt.figure().add_subplot(), record)
+        except NothingToDraw:
+            continue
+        finally:
+            plt.close()
+        return record
+    return None
 
 
 def draw(records: Sequence[tuple[str, Record]], out: Path) -> None:

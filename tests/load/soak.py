@@ -1,6 +1,6 @@
 """Soak: many handoffs, random faults, and at the end balanced books and flat memory.
 
-    python tests/load/soak.py --handoffs 100000 --json bench/results/soak.json
+    python tests/load/soak.py --handoffs 100000 --json bench/results/soak-2026-11-25.json
 
 Real processes of the sim engine on this machine: one frontend, two routers, three prefill and three decode instances, two kvtransfer.
 Every request goes over a pair, so it is a handoff. Clients ask through the frontend and check every token; some hang up. Meanwhile
