@@ -46,7 +46,7 @@ from baton_runtime.discovery import InMemoryDiscovery
 from baton_runtime.log import configure_logging
 from baton_runtime.rpc import open_channel
 from baton_runtime.testing import wait_until
-from machine import machine
+from machine import machine, settle
 
 NUM_IN_FLIGHT = 256
 BLOCKS, BLOCK_BYTES = 16, 1 << 20
@@ -342,8 +342,7 @@ async def main(arguments: argparse.Namespace) -> int:
     facts = machine()
     found: dict[str, object] = {"machine": facts, "in_flight": NUM_IN_FLIGHT, "pairs": arguments.pairs, "events_per_handoff": 6}
     async with kvtransfer(cpus) as (process, address), client(process, address, arguments.pairs) as made:
-        gc.collect()  # the load's collector must not be taken for kvtransfer's latency
-        gc.freeze()
+        settle()  # the load's collector must not be taken for kvtransfer's latency
         gc.set_threshold(100_000, 50, 50)
         if arguments.soak:
             sizes = await soak(made, arguments.soak, arguments.soak_rate)

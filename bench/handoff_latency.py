@@ -21,7 +21,6 @@ floor of every figure here, and it is printed as a share of them.
 import argparse
 import asyncio
 import datetime
-import gc
 import json
 import os
 import random
@@ -45,7 +44,7 @@ from baton_handoff.transports.nixl_library import NixlMissing, load_nixl
 from baton_runtime.discovery import Discovery, View
 from baton_runtime.rpc import open_channel
 from baton_runtime.testing import EtcdProcess
-from machine import machine
+from machine import machine, settle
 
 NAMESPACE = "/bench"
 # 4 KiB of KV per token: blocks of 64 KiB, chunks of 2 MiB. A chunk computes for 10 ms, which is slower than any of the links.
@@ -200,12 +199,6 @@ async def echo() -> None:
     settle()
     await asyncio.to_thread(sys.stdin.read)
     await server.stop(0)
-
-
-def settle() -> None:
-    """As services do once they have started."""
-    gc.collect()
-    gc.freeze()
 
 
 async def bare_round_trip_ms(count: int) -> list[float]:

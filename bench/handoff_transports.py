@@ -22,7 +22,6 @@ and the ratios say more about it than about transports.
 import argparse
 import asyncio
 import datetime
-import gc
 import json
 import os
 import random
@@ -50,7 +49,7 @@ from baton_handoff.transports.shm import ShmTransport
 from baton_handoff.transports.tcp import TcpTransport
 from baton_handoff.transports.tcp_wire import TcpConfig
 from baton_runtime.log import configure_logging
-from machine import machine
+from machine import machine, settle
 
 SOURCE, SINK, SECRET = "5" * 16, "d" * 16, bytes(16)
 BLOCK_KIB = (16, 64, 256)
@@ -144,12 +143,6 @@ def rest(pieces: list[memoryview], done_bytes: int) -> list[memoryview]:
         done_bytes -= pieces[0].nbytes
         pieces = pieces[1:]
     return [pieces[0][done_bytes:], *pieces[1:]] if done_bytes else pieces
-
-
-def settle() -> None:
-    """As services do once they have started (baton_runtime.lifecycle): a full collection takes tens of ms, in whichever thread meets it."""
-    gc.collect()
-    gc.freeze()
 
 
 # The source's process.

@@ -1,5 +1,6 @@
-"""What figures were measured on; no names."""
+"""What figures were measured on, without names; and how a process is made ready to be measured."""
 
+import gc
 import os
 import platform
 from pathlib import Path
@@ -18,3 +19,9 @@ def machine() -> dict[str, object]:
         "numpy": np.__version__,
         "load_average_before": os.getloadavg()[0],
     }
+
+
+def settle() -> None:
+    """As services do once they have started (baton_runtime.lifecycle): a full collection takes tens of ms, in whichever thread meets it."""
+    gc.collect()
+    gc.freeze()

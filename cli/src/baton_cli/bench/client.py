@@ -225,7 +225,8 @@ class Client:
         self._forget(stream)
         self._close(stream)
         if stream.is_reused and not stream.response.has_begun and why in _CLOSED:
-            # The server had closed the idle connection; it has not seen this request.
+            # As any HTTP client does: most likely the server had closed the idle connection. It may have died over the request as well, so
+            # the report says how often this happened.
             self.figures.reconnects += 1
             return self._send(stream)
         self._end(stream, why, stopped)

@@ -52,8 +52,8 @@ class Figures:
     ends: how requests ended: "complete", or why not ("http_429", "engine_crash", "hung", "wrong_text", ...).
     first_s: request sent to first text; gap_s: between events with text of one answer, 0 for those that came in one read, which are
     counted in `same_read`; total_s: request sent to the end of the answer; refused_s: to a 429. problems: the first few, in words.
-    reconnects: requests sent again because the server had closed the idle connection; without_usage: answers that did not say how many
-    tokens they have. most_open: streams open at one time; over several processes the sum of each one's most.
+    reconnects: requests sent again because a kept connection ended before the first byte of the answer. without_usage: answers that did
+    not say how many tokens they have. most_open: streams open at one time; over several processes the sum of each one's most.
     """
 
     started: int = 0

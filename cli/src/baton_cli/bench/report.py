@@ -48,6 +48,10 @@ def text(report: Report) -> str:
             lines += ["", f"{name}, ms", *_histogram(durations)]
     if report.figures.without_usage and report.options.is_stream:
         lines.append(f"{report.figures.without_usage:,} answers did not say how many tokens they have: counted as --max-tokens")
+    if report.figures.reconnects:
+        lines.append(
+            f"{report.figures.reconnects:,} requests were sent again: their kept connection ended before the first byte of the answer"
+        )
     if report.figures.problems:
         lines += ["", "problems:", *(f"  {problem}" for problem in report.figures.problems)]
     return "\n".join(lines)
