@@ -125,7 +125,7 @@ class Hand:
             sequence.done = end
             assert (result is not None) == item.draws
             if result is not None:
-                sequence.tokens.append(result.token_id)
+                sequence.tokens.extend(result.token_ids)
                 self.grow(sequence)
 
     def finish(self, sequences: Sequence[Sequence_], num_new: int = NUM_NEW) -> list[list[int]]:
@@ -268,11 +268,11 @@ def test_logprobs_are_those_of_the_whole_model(llama: Path) -> None:
     with torch.no_grad():
         logprobs = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     assert draw is not None
-    assert draw.token_id == 5
-    assert draw.logprobs is not None
-    assert draw.logprobs.logprob == pytest.approx(float(logprobs[5]), abs=1e-4)
-    assert list(draw.logprobs.top_token_ids) == logprobs.topk(3).indices.tolist()
-    assert list(draw.logprobs.top_logprobs) == pytest.approx(logprobs.topk(3).values.tolist(), abs=1e-4)
+    assert list(draw.token_ids) == [5]
+    [found] = draw.logprobs
+    assert found.logprob == pytest.approx(float(logprobs[5]), abs=1e-4)
+    assert list(found.top_token_ids) == logprobs.topk(3).indices.tolist()
+    assert list(found.top_logprobs) == pytest.approx(logprobs.topk(3).values.tolist(), abs=1e-4)
 
 
 def test_bfloat16_pool_holds_the_models_keys(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class TorchRunner:
         self._device = torch.device(device)
         self.attend = attend_for(self._device)
         self._folder = folder = inspect_model_folder(model_path)
+        self.tokens_per_step = 1
         self.layout = block_layout(folder, block_tokens, dtype or ("float32" if self._device.type == "cpu" else None))
         self.info = engine_info(folder, max_model_tokens)
         self._refuse_too_large(num_blocks=0)
@@ -133,10 +134,10 @@ class TorchRunner:
             requests = [DrawRequest(items[i].sampling, items[i].token_ids, items[i].num_prompt_tokens) for i in drawing]
             for i, drawn in zip(drawing, draw(logits, requests, self.info.eos_token_ids), strict=True):
                 key, position = items[i].key, items[i].position
-                logprobs = None
+                logprobs: tuple[TokenLogprobs, ...] = ()
                 if drawn.logprob is not None:
-                    logprobs = TokenLogprobs(key, position, drawn.logprob, drawn.top_token_ids, drawn.top_logprobs)
-                draws[i] = Draw(drawn.token_id, logprobs)
+                    logprobs = (TokenLogprobs(key, position, drawn.logprob, drawn.top_token_ids, drawn.top_logprobs),)
+                draws[i] = Draw((drawn.token_id,), logprobs)
         return draws
 
     def _refuse_damaged(self, items: Sequence[ChunkItem], plan: StepPlan, last: Tensor) -> None:
@@ -162,7 +163,7 @@ class TorchRunner:
 
         def item(start: int, end: int, number: int = 0) -> ChunkItem:
             key = SequenceKey(f"warm-up-{number}", 0)
-            return ChunkItem(key, token_ids[:end], start, end, table, True, SamplingParams(), tokens)
+            return ChunkItem(key, token_ids[:end], start, end, table, 1, SamplingParams(), tokens)
 
         shapes = [[item(0, min(tokens, 32))], [item(tokens - 1, tokens)]]
         self.run(shapes[0])  # the first step also pays for lazy starts; it is forgotten
