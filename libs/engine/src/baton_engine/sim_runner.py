@@ -165,7 +165,7 @@ class SimRunner:
         """Write the slots of drawn tokens. token_states: shape (len(items), rounds - 1), rounds <= block_tokens."""
         block_tokens = np.uint64(self.layout.block_tokens)
         is_wanted = np.arange(token_states.shape[1]) < np.array([item.draws - 1 for item in items])[:, None]
-        positions = ends[:, None] + np.arange(token_states.shape[1], dtype=np.uint64)
+        positions: U64 = np.add(ends[:, None], np.arange(token_states.shape[1], dtype=np.uint64), dtype=np.uint64)
         first = np.array([item.table[min(item.end // int(block_tokens), len(item.table) - 1)] for item in items])
         last = np.array([item.table[(item.kv_end - 1) // int(block_tokens)] for item in items])
         is_in_first = positions // block_tokens == (ends // block_tokens)[:, None]
