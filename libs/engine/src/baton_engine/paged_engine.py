@@ -314,6 +314,6 @@ def check_request(request: EngineRequest, info: EngineInfo, pool_tokens: int) ->
     limit = min(info.max_model_tokens - 1, pool_tokens)
     if num_tokens >= info.max_model_tokens or num_needed > pool_tokens:
         raise SequenceTooLong(num_tokens, limit)
-    largest = int(np.frombuffer(request.token_ids, dtype=np.uint32).max())
+    largest = int(np.maximum.reduce(np.frombuffer(request.token_ids, dtype=np.uint32)))
     if largest >= info.vocab_size:
         raise InvalidArgument("token_ids", f"{largest} is not below the vocabulary's {info.vocab_size}")

@@ -1,6 +1,7 @@
 """Prometheus metrics of the frontend. GenAI names of OpenTelemetry, with the prefix and separators of Prometheus."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from baton_runtime.metrics import HotHistogram, Series
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -84,6 +85,9 @@ class FrontendMetrics:
         )
         self._of_class: dict[tuple[str, bool], ClassMetrics] = {}  # models are few: admission takes only known ones
         self.http_requests = Counter("baton_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=registry)
+        # Finding a labelled child takes the library longer than counting with it. Outcomes, routes and statuses are few.
+        self._ended_child = cache(self.requests.labels)
+        self._http_child = cache(lambda route, status: self.http_requests.labels(route, str(status)))
 
     def on_refused(self, reason: str) -> None:
         """A generation was refused at admission."""
@@ -108,7 +112,7 @@ class FrontendMetrics:
 
     def on_end(self, of_class: ClassMetrics, end: GenerationEnd, ttft_s: float | None, tpot_s: float | None, duration_s: float) -> None:
         """A generation ended. ttft_s, tpot_s: None if there is none."""
-        self.requests.labels(outcome_of(end)).inc()
+        self._ended_child(outcome_of(end)).inc()
         if end.resumed:
             self.resumes.inc(end.resumed)
         of_class.prompt_tokens.inc(end.prompt_tokens)
@@ -122,7 +126,7 @@ class FrontendMetrics:
 
     def on_call_end(self, record: HttpRecord) -> None:
         """See `HttpObserver`."""
-        self.http_requests.labels(record.route, str(record.status)).inc()
+        self._http_child(record.route, record.status).inc()
 
 
 def outcome_of(end: GenerationEnd) -> str:

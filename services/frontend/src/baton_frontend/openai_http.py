@@ -152,12 +152,12 @@ class OpenAIHandlers:
         }
 
     def _find(self, name: str) -> ModelInfo:
-        models = {info.served_name: info for info in self._generator.models()}
-        if (info := models.get(name)) is not None:
+        if (info := self._generator.model(name)) is not None:
             return info
+        models = self._generator.models()
         if not models:
             raise ApiError(503, "no model is served now: no worker has registered yet", code="no_model", retry_after_ms=1000)
-        known = ", ".join(sorted(models))
+        known = ", ".join(sorted(info.served_name for info in models))
         raise ApiError(404, f"model {name!r} does not exist; served: {known}", param="model", code="model_not_found")
 
     async def _answer(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
@@ -213,19 +213,22 @@ class OpenAIHandlers:
         return info, await self._registry.load(info)
 
     async def _read(self, request: web.Request) -> bytes:
-        limit = self._settings.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than {limit} bytes; send less", code="body_too_large")
-        if (request.content_length or 0) > limit:
-            raise too_large
+        if (request.content_length or 0) > self._settings.max_body_bytes:
+            raise self._too_large()
         try:
+            if request.content.is_eof():  # all of it is here: the usual case
+                return await request.read()
             async with asyncio.timeout(self._settings.body_timeout_s):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge as error:
-            raise too_large from error
+            raise self._too_large() from error
         except TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {self._settings.body_timeout_s:g} s", code="body_timeout") from error
         except (web.RequestPayloadError, web.HTTPBadRequest) as error:
             raise ApiError(400, "the body could not be read; check its length and encoding", code="invalid_body") from error
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._settings.max_body_bytes} bytes; send less", code="body_too_large")
 
     async def _collect(self, _: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
