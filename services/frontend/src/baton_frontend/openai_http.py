@@ -17,7 +17,7 @@ from baton_runtime.telemetry import context_from, traceparent
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from baton_frontend.event_writer import DirectResponse, EventWriter
+from baton_frontend.event_writer import DirectResponse, EventWriter, write_json
 from baton_frontend.generation import Generator, ModelInfo
 from baton_frontend.model_registry import LoadedModel, ModelRegistry
 from baton_frontend.openai_calls import PlannedCall, plan_chat, plan_completion
@@ -65,6 +65,10 @@ class HttpRecord:
         """By which the call is found again in logs and traces."""
         ids = {"X-Request-Id": self.request_id or secrets.token_hex(8)}
         return {**ids, "traceparent": self.traceparent} if self.traceparent else ids
+
+    def header_lines(self) -> bytes:
+        """As `headers`, each ended by CRLF."""
+        return "".join([f"{name}: {value}\r\n" for name, value in self.headers().items()]).encode()
 
 
 class HttpObserver(Protocol):
@@ -230,7 +234,7 @@ class OpenAIHandlers:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._settings.max_body_bytes} bytes; send less", code="body_too_large")
 
-    async def _collect(self, _: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
+    async def _collect(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
         sinks = [CollectingSink(call, generation, planned.new_text(generation)) for generation in planned.generations]
         try:
@@ -249,7 +253,7 @@ class OpenAIHandlers:
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
         choices = [sink.as_json(index, form, planned.loaded.names) for index, sink in enumerate(sinks)]
         body = form.response(choices, usage, resumed, extra)
-        return web.Response(body=body, content_type="application/json", headers=record.headers())
+        return write_json(request, body, record.header_lines())
 
     async def _stream(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
@@ -284,8 +288,7 @@ class OpenAIHandlers:
             call.wake()
 
         limit = self._settings.slow_reader_limit_bytes
-        headers = "".join(f"{name}: {value}\r\n" for name, value in record.headers().items()).encode()
-        return EventWriter(request, headers, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
+        return EventWriter(request, record.header_lines(), limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
 
     async def _follow(self, call: Call, writer: EventWriter, sinks: list[StreamSink]) -> None:
         """Wait for the end; the sinks write by themselves unless the reader is slow."""
