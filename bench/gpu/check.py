@@ -83,6 +83,7 @@ def environment(metadata: Path, device: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a machine that is not ours has plugins of its own
         "BATON_TEST_DEVICE": device,
         "BATON_PREFILL_DEVICE": device,
         "BATON_DECODE_DEVICE": device,
@@ -92,7 +93,21 @@ def environment(metadata: Path, device: str) -> dict[str, str]:
 def parts_of(options: argparse.Namespace, work: Path) -> list[Part]:
     """In order."""
     python, out, device = sys.executable, str(options.out), options.device
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--durations=5"]
+    pytest = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "pytest_asyncio",
+        "-p",
+        "pytest_timeout",
+        "-W",
+        "default",
+        "--durations=5",
+    ]
     engine = [f"libs/engine/tests/test_{name}.py" for name in ("torch_pool", "torch_runner", "torch_engine")]
     small = ["--small"] if options.small else []
     own = [*small, "--device", device, "--out", out, "--work", str(work)]

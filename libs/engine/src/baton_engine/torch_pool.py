@@ -84,11 +84,10 @@ class TorchPool:
         """
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = self._host.data_ptr()
-        try:
-            with torch.cuda.device(device):
-                torch.cuda.check_error(cudart.cudaHostRegister(address, self._host.nbytes, _PORTABLE))
-        except RuntimeError as error:
-            log.warning("kv_pool_not_pinned", why=str(error), num_bytes=self._host.nbytes)
+        with torch.cuda.device(device):
+            code = int(cudart.cudaHostRegister(address, self._host.nbytes, _PORTABLE))
+        if code:
+            log.warning("kv_pool_not_pinned", cuda_error=code, num_bytes=self._host.nbytes)
             try:
                 torch.zeros(1, device=device)  # CUDA reports an error again at the next launch, and forgets it then
             except RuntimeError:
