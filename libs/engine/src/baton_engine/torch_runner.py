@@ -1,4 +1,4 @@
-"""The torch engine's model: transformers definitions, our own KV blocks, our own sampling. CPU; CUDA is written, not run."""
+"""The torch engine's model: transformers definitions, our own KV blocks, our own sampling. CPU and CUDA."""
 
 import time
 from array import array
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baton_runtime.errors import ConfigError
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -59,9 +60,9 @@ class TorchRunner:
         dtype: of weights and KV; default float32 on CPU, else the stored one. num_threads: of torch in this whole process;
         default: torch's own choice.
 
-        Raises: ModelFolderError; ModelTooLarge if the weights alone do not fit; ValueError for an unknown device.
+        Raises: ModelFolderError; ModelTooLarge if the weights alone do not fit; ConfigError for a device that is not there.
         """
-        self._device = torch.device(device)
+        self._device = _usable_device(device)
         self.attend = attend_for(self._device)
         self._folder = folder = inspect_model_folder(model_path)
         self.tokens_per_step = 1
@@ -126,7 +127,7 @@ class TorchRunner:
         ).last_hidden_state[0]
         last = hidden[torch.tensor(plan.last_rows, device=self._device)]
         self._refuse_damaged(items, plan, last)
-        self._pool.store(plan.write_blocks, plan.write_slots)
+        self._pool.store(items)
         drawing = [i for i, item in enumerate(items) if item.draws]
         draws: list[Draw | None] = [None] * len(items)
         if drawing:
@@ -152,8 +153,8 @@ class TorchRunner:
         raise StepFailed([items[i].key for i in damaged], "activations are not finite")
 
     def _refuse_too_large(self, num_blocks: int) -> None:
-        if self._device.type == "cpu":
-            memory_need(self._folder, self.layout, num_blocks).check(memory_limit_bytes())
+        limit = memory_limit_bytes() if self._device.type == "cpu" else _device_memory_bytes(self._device)
+        memory_need(self._folder, self.layout, num_blocks).check(limit)
 
     def _warm_up(self, pool: KvPool) -> None:
         """Observe steps of several shapes on throw-away tokens, then zero the blocks used."""
@@ -181,3 +182,24 @@ class TorchRunner:
         for number in range(_WARM_UP_SEQUENCES):
             self.forget(SequenceKey(f"warm-up-{number}", 0))
         pool.data[: len(table)] = 0
+
+
+def _usable_device(name: str) -> torch.device:
+    """Raises: ConfigError if torch has no such device here, or the engine cannot use it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("device", f"{name!r} is not a device; write cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError("device", f"{device.type} is not supported; supported are cpu, cuda")
+    if device.type == "cuda" and not 0 <= (device.index or 0) < (num_devices := torch.cuda.device_count()):
+        raise ConfigError(
+            "device", f"{name} is not there: torch {torch.__version__} sees {num_devices} CUDA devices; choose another or cpu"
+        )
+    return device
+
+
+def _device_memory_bytes(device: torch.device) -> int:
+    """Device memory this process may have in all: what torch holds and what is free."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device)
