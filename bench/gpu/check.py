@@ -101,7 +101,7 @@ def parts_of(options: argparse.Namespace, work: Path) -> list[Part]:
         "-p",
         "no:cacheprovider",
         "-p",
-        "pytest_asyncio",
+        "pytest_asyncio.plugin",
         "-p",
         "pytest_timeout",
         "-W",
