@@ -22,9 +22,9 @@ class ClassMetrics:
     prompt_tokens: Counter
     cached_tokens: Counter
     output_tokens: Counter
-    time_to_first_token: Histogram
-    time_per_output_token: Histogram
-    request_duration: Histogram
+    time_to_first_token: Series
+    time_per_output_token: Series
+    request_duration: Series
     inter_token: Series
     tokens_per_event: Series
 
@@ -56,22 +56,18 @@ class FrontendMetrics:
         self.prompt_tokens = Counter("baton_prompt_tokens", "Prompt tokens of ended generations.", by_class, registry=registry)
         self.cached_tokens = Counter("baton_cached_prompt_tokens", "Of them, tokens whose KV was cached.", by_class, registry=registry)
         self.output_tokens = Counter("baton_output_tokens", "Tokens delivered.", by_class, registry=registry)
-        self.time_to_first_token = Histogram(
-            "baton_gen_ai_server_time_to_first_token_seconds",
-            "Request accepted to first token out.",
-            by_class,
-            buckets=_SECONDS,
-            registry=registry,
+        self.time_to_first_token = HotHistogram(
+            "baton_gen_ai_server_time_to_first_token_seconds", "Request accepted to first token out.", by_class, _SECONDS, registry
         )
-        self.time_per_output_token = Histogram(
+        self.time_per_output_token = HotHistogram(
             "baton_gen_ai_server_time_per_output_token_seconds",
             "(E2E - TTFT) / (output tokens - 1), per request of at least two tokens.",
             by_class,
-            buckets=_PER_TOKEN_SECONDS,
-            registry=registry,
+            _PER_TOKEN_SECONDS,
+            registry,
         )
-        self.request_duration = Histogram(
-            "baton_gen_ai_server_request_duration_seconds", "Request accepted to its end.", by_class, buckets=_SECONDS, registry=registry
+        self.request_duration = HotHistogram(
+            "baton_gen_ai_server_request_duration_seconds", "Request accepted to its end.", by_class, _SECONDS, registry
         )
         self.inter_token = HotHistogram(
             "baton_inter_token_seconds",
@@ -102,9 +98,9 @@ class FrontendMetrics:
                 self.prompt_tokens.labels(*labels),
                 self.cached_tokens.labels(*labels),
                 self.output_tokens.labels(*labels),
-                self.time_to_first_token.labels(*labels),
-                self.time_per_output_token.labels(*labels),
-                self.request_duration.labels(*labels),
+                self.time_to_first_token.series(*labels),
+                self.time_per_output_token.series(*labels),
+                self.request_duration.series(*labels),
                 self.inter_token.series(*labels),
                 self.tokens_per_event.series(*labels),
             )
