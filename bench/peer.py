@@ -23,6 +23,7 @@ from pathlib import Path
 from baton_runtime.children import die_with_parent
 
 REQUIREMENTS = Path(__file__).with_name("peer-requirements.txt")
+PACKAGE = next(line for line in REQUIREMENTS.read_text().splitlines() if line.startswith("ai-dynamo=="))
 READY_LIMIT_S = 120.0
 # All on this machine. It still logs a line per request, as ours does.
 ENVIRONMENT = {"DYN_LOG": "error", "HF_HUB_OFFLINE": "1"} | {
