@@ -85,7 +85,7 @@ bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to c
 		echo "== $$script" >&2; $(BIN)/python $$script || status=1; done; $(BIN)/python bench/plot_handoff.py || status=1; exit $$status
 
 bench-stream: $(VENV)/.ready ## the frontend beside the peer's: tokens/s, CPU per token, latency (six minutes; STREAM="--no-peer --cases stream-256"); installs the peer
-	$(BIN)/python bench/stream_beside_peer.py $(STREAM)
+	@$(BIN)/python bench/stream_beside_peer.py $(STREAM); status=$$?; $(BIN)/python bench/plot_stream.py; exit $$status
 
 plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
 	$(BIN)/python bench/plot_handoff.py

@@ -23,7 +23,12 @@ from pathlib import Path
 from baton_runtime.children import die_with_parent
 
 REQUIREMENTS = Path(__file__).with_name("peer-requirements.txt")
+PACKAGE = next(line for line in REQUIREMENTS.read_text().splitlines() if line.startswith("ai-dynamo=="))
 READY_LIMIT_S = 120.0
+# All on this machine. It still logs a line per request, as ours does.
+ENVIRONMENT = {"DYN_LOG": "error", "HF_HUB_OFFLINE": "1"} | {
+    f"DYN_{name}_HOST": "127.0.0.1" for name in ("TCP_RPC", "TCP_RESPONSE_STREAM", "EVENT_PLANE", "HTTP_RPC")
+}
 MAX_SEQUENCES, MAX_CHUNK_TOKENS, NUM_BLOCKS = 8192, 8192, 65536  # of its engine and ours: per step, and of KV
 INSTANT = 1000.0  # times faster than the accelerator that the mock engine models
 
@@ -82,7 +87,7 @@ class Peer:
         """Return when it serves the model. Raises: PeerFailed; nothing is left running then."""
         shutil.rmtree(self._discovery, ignore_errors=True)
         self._discovery.mkdir(parents=True)
-        environment = {**os.environ, "DYN_FILE_KV": str(self._discovery), "DYN_LOG": "error", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **ENVIRONMENT, "DYN_FILE_KV": str(self._discovery)}
         environment.pop("PYTHONPATH", None)
         for name, command in self._commands.items():
             with (self._logs / f"peer-{name}.log").open("wb") as log:

@@ -11,10 +11,15 @@ model folder: a byte-level tokenizer of 8,192 tokens, one chat template.
 The client is one process, written in C (stream_client.c): a client in Python takes more CPU per token than the servers. Its CPU per token
 is reported too. Nothing is pinned to a core: servers, engines and client share the machine as the kernel decides, for both sides alike.
 Every answer must have one end and the length asked for; of ours, one in eight is a prompt whose answer is known, and its text must be
-equal. The other prompts differ from all before, so that no cache knows them.
+equal. The other prompts differ from all before, so that no cache knows them. Cases are measured in two halves, ours first and the peer
+first; those at a pace once: 1,024 streams opened at 512/s, so many answers each as fill the time.
 
 CPU is that of the frontend's processes alone, user and system, by /proc. The peer routes inside its frontend, ours asks a router
-process: what that takes is printed beside. On ours, the frontend's CPU includes nothing of etcd, the router, kvtransfer or the engine.
+process: what that takes is printed beside. The peer's engine returns no log probabilities when it is asked for them, ours does.
+
+"paced-40" is 40 tokens/s for each of 1,024 streams: on ours a decode step of 25 ms, on the peer a speed of its engine that comes near (the
+rate that was reached is printed). "-features" adds stop strings and log probabilities; usage is always on. "prompts" measures, in this
+process, the frontend's own tokenizing of a known chat; "long-prompts" how long GET /health takes while prompts of 8k tokens arrive.
 """
 
 import argparse
@@ -32,16 +37,17 @@ from typing import Any
 import psutil
 from baton_cli.bench.stream import Options
 from machine import machine
-from peer import PeerFailed, install
+from peer import PACKAGE, PeerFailed, install
 from stream_load import Load, LoadFailed, Measured, build, run
 from stream_model import Asked, Prompts, make_model
 from stream_prompts_cost import Probe, measure_prompts
-from stream_sides import Ours, Side, SideFailed, Theirs, frontends
+from stream_sides import SETTINGS, Ours, Side, SideFailed, Theirs, frontends
 from stream_targets import table, verdicts
 
 BUILD = Path(__file__).parent.parent / "build"
 PACED_CONNECTIONS, PACED_OPEN_PER_S = 1024, 512.0
 FEATURES = (("stop", ["<|no such text|>", "\n\n\n###"]), ("logprobs", True))
+NUM_CHECKED = 8192  # prompts with known answers; after so many the first comes again
 LONG_WORDS = 3300  # about 8k tokens; stream_prompts_cost.py counts them
 
 
@@ -85,6 +91,7 @@ CASES = [
     *(_paced(rate, suffix, body) for rate in (20, 40) for suffix, body in (("", ()), ("-features", FEATURES))),
     _paced(75),
 ]
+WARM = Case("warming up", Asked(max_tokens=16), lambda _: Load(16, 20.0, requests=64), rounds=1)
 PROMPTS = "prompts"  # in this process, without servers
 
 
@@ -198,8 +205,7 @@ def measure(cases: Sequence[Case], options: argparse.Namespace, model: Path, pro
                     say(f"starting {side.name}, {f'{pace} tokens/s per stream' if pace else 'instant'}")
                     stack.callback(side.stop)
                     side.start()
-                warm = Case("warm", Asked(), lambda _: Load(16, 20.0, requests=256))
-                bench.measure(Case(warm.name, warm.asked, warm.load, pace, rounds=1), sides)
+                bench.measure(WARM, sides)
                 for case in cases:
                     if case.tokens_per_s == pace:
                         found += bench.measure(case, sides)
@@ -230,7 +236,7 @@ def main() -> int:
             install()
         say("making the model and prompts")
         model, program = make_model(BUILD / "bench-model"), build(BUILD)
-        prompts = Prompts(model, 4096)
+        prompts = Prompts(model, NUM_CHECKED)
         found = measure([case for case in CASES if case.name in chosen], options, model, prompts, program)
         cost = measure_prompts(model, prompts) if PROMPTS in chosen else {}
     except (PeerFailed, SideFailed, LoadFailed) as error:
@@ -238,6 +244,7 @@ def main() -> int:
         return 2
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     record = {"date": today, "machine": facts, "seconds": options.seconds, "results": [one.as_json() for one in found], "prompts": cost}
+    record |= {"peer": PACKAGE if options.peer else None, "settings": SETTINGS}
     record["targets"] = verdicts(record)
     if options.json:
         print(json.dumps(record, indent=1))

@@ -223,6 +223,7 @@ static const char *judge(Stream *s, double now) {
   long len = dechunk(s, s->is_chunked);
   if (len < 0) { note("not chunks: %.80s", s->raw + s->body_at); return "bad_response"; }
   const char *at = scratch, *end = scratch + len;
+  scratch[len] = 0;
   if (is_stream) {
     size_t read = 0;
     while (at < end) {
@@ -248,7 +249,7 @@ static const char *judge(Stream *s, double now) {
   if (s->status != 200 || answer.is_error) {
     if (s->status != 200) snprintf(name, sizeof name, "http_%d", s->status);
     else snprintf(name, sizeof name, "%s", answer.error);
-    note("%s: %.160s", name, scratch);
+    note("%s: %.160s", name, len > 160 ? scratch + len - 160 : scratch);
     return name;
   }
   if (answer.num_texts) add(&first_s, answer.first_at - s->sent_at);
@@ -263,11 +264,12 @@ static const char *judge(Stream *s, double now) {
     if (text_end - text != s->prompt->text_len || memcmp(text, s->prompt->text, s->prompt->text_len)) {
       long same = 0;
       while (same < text_end - text && same < s->prompt->text_len && text[same] == s->prompt->text[same]) same++;
+      *text_end = 0;
       note("wrong text from byte %ld of %u (%ld came): %.40s", same, s->prompt->text_len, (long)(text_end - text), text + same);
       return "wrong_text";
     }
   }
-  if (num_tokens != s->prompt->tokens || !answer.is_length) { note("%ld tokens instead of %u", num_tokens, s->prompt->tokens); return "wrong_length"; }
+  if (num_tokens != s->prompt->tokens || !answer.is_length) { note("%ld tokens instead of %u, %s", num_tokens, s->prompt->tokens, answer.is_length ? "length" : "not for its length"); return "wrong_length"; }
   return "complete";
 }
 
@@ -299,7 +301,7 @@ static void send_request(Stream *s) {
     setsockopt(s->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     s->is_open = 1;
     if (connect(s->fd, (struct sockaddr *)&server, sizeof server) && errno != EINPROGRESS) { drop(s); end_of(s, "cannot_connect", now_s()); return; }
-    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = s};
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = s};
     epoll_ctl(epoll_fd, EPOLL_CTL_ADD, s->fd, &event);
   } else
     send_more(s);
@@ -357,7 +359,8 @@ static int read_head(Stream *s) {
   return s->is_chunked || length ? 1 : -1;
 }
 
-static void readable(Stream *s) {
+/* is_last: the other side has closed; no further edge will say so, so read to the end. */
+static void readable(Stream *s, int is_last) {
   for (;;) {
     s->raw = grown(s->raw, &s->raw_size, s->raw_len + READ_BYTES + 1, 1);
     ssize_t got = recv(s->fd, s->raw + s->raw_len, READ_BYTES, 0);
@@ -388,7 +391,7 @@ static void readable(Stream *s) {
       if (!s->not_before && !is_over(now)) begin(s, now);
       return; /* what comes on this connection now, comes with an event of its own */
     }
-    if (got < READ_BYTES) return; /* edge-triggered: more will be another edge */
+    if (got < READ_BYTES && !is_last) return; /* edge-triggered: more will be another edge */
   }
 }
 
@@ -497,7 +500,7 @@ int main(int argc, char **argv) {
       Stream *s = found[i].data.ptr;
       if (!s->is_open) continue;
       if (found[i].events & EPOLLOUT && s->is_busy && s->out_at < s->out_len) send_more(s);
-      if (s->is_open && found[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) readable(s);
+      if (s->is_open && found[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) readable(s, (found[i].events & (EPOLLRDHUP | EPOLLHUP)) != 0);
     }
   }
   print_report(now_s() - began);

@@ -124,19 +124,19 @@ def run(program: Path, host: str, port: int, prompts: Path, first: int, load: Lo
     """One load. first: of the prompts with known answers; pids: processes of the server whose CPU is counted. Raises: LoadFailed."""
     values = (host, port, load.connections, load.seconds, load.open_per_s, load.requests, ANSWER_LIMIT_S, load.check_every, first, prompts)
     watch, busy = Watch(pids), _busy_s()
-    process = subprocess.Popen([program, *map(str, values)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + load.seconds + 2 * ANSWER_LIMIT_S
-        while True:
-            try:
-                out, errors = process.communicate(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                watch.sample()
-                if time.monotonic() > deadline:
-                    raise LoadFailed("the load client does not end") from None
-    finally:
-        process.kill()
+    deadline = time.monotonic() + load.seconds + 2 * ANSWER_LIMIT_S
+    with subprocess.Popen([program, *map(str, values)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while True:
+                try:
+                    out, errors = process.communicate(timeout=0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    watch.sample()
+                    if time.monotonic() > deadline:
+                        raise LoadFailed("the load client does not end") from None
+        finally:
+            process.kill()
     watched, busy = watch.ended(), _busy_s() - busy
     if process.returncode:
         raise LoadFailed(f"the load client ended with {process.returncode}: {errors[-500:]}")

@@ -102,17 +102,16 @@ class Prompts:
         self._random = random.Random(seed)
         self._texts: dict[int, list[str]] = {}
         self._answers: dict[int, npt.NDArray[np.uint32]] = {}
+        self._answer_text: dict[tuple[int, int], Sequence[str]] = {}
 
     def words(self, count: int) -> str:
         """Words of two syllables, two or three tokens each."""
         return " ".join("".join(self._random.choices(_SYLLABLES, k=2)) for _ in range(count))
 
     def write(self, path: Path, asked: Asked, host: str, *, known: bool) -> None:
-        """The file the load client reads. known: the answers are those of the sim engine."""
+        """The file the load client reads. known: the server is the sim engine. Stop strings of `asked` must not occur in answers."""
         texts = self._of(asked.words)
-        answers: Sequence[str | None] = [None] * len(texts)
-        if known:
-            answers = self._tokenizer.decode_batch(self._answers[asked.words][:, : asked.max_tokens].tolist())
+        answers = self._answer_texts(asked) if known else [None] * len(texts)
         unchecked = [f"{STAMP} {self.words(asked.words - 3)}" for _ in range(256)]
         with path.open("wb") as file:
             for text, answer in [*zip(texts, answers, strict=True), *((text, None) for text in unchecked)]:
@@ -120,6 +119,12 @@ class Prompts:
                 stamp_at = request.index(STAMP.encode()) if STAMP in text else 0
                 length = UNKNOWN if answer is None else len(content)
                 file.write(struct.pack("<5I", len(request), length, stamp_at, asked.max_tokens, 0) + request + content)
+
+    def _answer_texts(self, asked: Asked) -> Sequence[str | None]:
+        key = asked.words, asked.max_tokens
+        if key not in self._answer_text:
+            self._answer_text[key] = self._tokenizer.decode_batch(self._answers[asked.words][:, : asked.max_tokens].tolist())
+        return self._answer_text[key]
 
     def _of(self, words: int) -> list[str]:
         if words not in self._texts:

@@ -112,7 +112,7 @@ def table(record: Record) -> str:
     facts = record["machine"]
     lines.append(
         f"{facts['cpu']}, {facts['num_cpus']} CPUs shared by all processes, load average before {facts['load_average_before']:.1f}, "
-        f"{record['date']}"
+        f"peer: {record['peer'] or 'not measured'}, {record['date']}"
     )
     return "\n".join(lines)
 
