@@ -4,7 +4,7 @@
                                                detached --2 s--> expired: everything cancelled, the session is forgotten
 
 The worker never waits for a frontend: tokens go into each sequence's OutputLog, a frame is "everything not sent yet", and at
-most two frames are unacknowledged. A sequence 256 tokens ahead of what was sent is paused in the engine until the frontend
+most three frames are unacknowledged. A sequence 256 tokens ahead of what was sent is paused in the engine until the frontend
 catches up. Contract: proto/baton/worker/v1/worker_service.proto; docs/worker.md.
 """
 
@@ -36,7 +36,7 @@ class AttachLimits:
     outlive a broken stream.
     """
 
-    window_frames: int = 2
+    window_frames: int = 3
     frame_bytes: int = 1 << 20
     ahead_tokens: int = 256
     beat_s: float = 0.2
