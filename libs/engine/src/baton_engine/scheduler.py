@@ -5,7 +5,8 @@ Order of service is by rank, the smaller the sooner:
     rank = arrival + (batch_delay_s if BATCH) + predicted time of what is left to prefill
 
 so interactive goes before batch, a short prompt overtakes a long one at the next chunk, and as rank is a point in time,
-everything is first at some time: nothing is starved.
+everything is first at some time: nothing is starved. A step with the end of a prompt is not filled up with a piece of one that it cannot
+finish: the short prompt would wait for as long as the piece takes.
 """
 
 import heapq
@@ -207,10 +208,14 @@ class Scheduler:
         slots = limits.max_batch_sequences - sum(not state.paused for state in self.running.values())
         limit_s = limits.max_mixed_step_s if plan.chunks else limits.max_step_s
         budget = limits.max_chunk_tokens
+        finishes_one = False  # whether the step computes the end of a prompt
         while budget > 0 and len(plan.chunks) < limits.max_batch_sequences:
             state = self._best(started, has_slot=slots > 0)
             is_first = budget == limits.max_chunk_tokens
-            if state is None or not (is_first or self._chunk_tokens(plan.load, state, limits.block_tokens, limit_s)):
+            if state is None:
+                return
+            fitting = 0 if is_first else self._chunk_tokens(plan.load, state, budget, limit_s)
+            if not is_first and (not fitting or (finishes_one and fitting < state.remaining)):
                 return
             if state.key in self.waiting:
                 if not self._admit(state):
@@ -220,6 +225,7 @@ class Scheduler:
                 started.popleft()
             # The first chunk always gets a little: a full batch of decoding sequences must not starve prompts.
             length = self._chunk_tokens(plan.load, state, budget, limit_s) or min(limits.block_tokens, state.remaining, budget)
+            finishes_one |= length == state.remaining
             end = state.computed + length
             if self._make_room(state, end, plan):
                 plan.chunks.append(Chunk(state, state.computed, end))
