@@ -258,6 +258,14 @@ def test_long_jobs_spread_over_all_decodes_but_one_and_leave_that_to_the_chats(f
     assert chats == {left}
 
 
+def test_chats_stay_away_from_a_decode_whose_jobs_are_still_prefilled() -> None:
+    house = fleet_with_chats()
+    job = house.ask(num_tokens=4000, priority=worker_pb.PRIORITY_BATCH).placement.decode.instance_id
+    for w in house.fleet.workers.values():
+        w.reported(worker_pb.WorkerLoad(running_sequences=3, active_kv_tokens=300), house.now + 1)
+    assert job not in {house.ask(num_tokens=100).placement.decode.instance_id for _ in range(9)}
+
+
 def test_long_jobs_have_every_decode_once_the_chats_are_gone() -> None:
     house = fleet_with_chats()
     house.now += 31.0

@@ -165,8 +165,9 @@ class Worker:
 
     @property
     def kv_tokens(self) -> int:
-        """KV tokens a decode step attends to, or is about to."""
-        return int(self.load.active_kv_tokens) + sum(work.kv_tokens for work in self._unseen.values())
+        """KV tokens a decode step attends to, or is about to, those of long sequences that are still computed elsewhere included."""
+        seen = int(self.load.active_kv_tokens) + sum(work.kv_tokens for work in self._unseen.values())
+        return max(seen, self.apart_tokens)
 
     def prompts_per_s(self, now: float) -> float:
         """Interactive prompts it was lately given to compute."""
