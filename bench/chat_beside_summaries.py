@@ -206,7 +206,7 @@ class Sent:
                 times += [at] * len(new)
                 finish = choice.get("finish_reason") or finish
         is_whole = self.lines[-1][1] == b"[DONE]" and finish == "length" and len(ids) == self.what.max_tokens
-        return ids, times, "" if is_whole else f"{len(ids)} of {self.what.max_tokens} tokens, finish reason {finish}"
+        return ids, times, "" if is_whole else f"{len(ids)} of {self.what.max_tokens} tokens, at last {self.lines[-2:]}"
 
 
 async def post(running: Cluster, what: Ask, tier: str) -> Sent:
@@ -299,11 +299,13 @@ async def processes(part: str, layout: Layout, folder: Path, profile: Path) -> A
         yield running
 
 
-async def real(part: str, layout: Layout, shape: Shape, profile: Path, seconds: float) -> list[tuple[Arm, dict[str, Any]]]:
-    """All arms of one layout, on one cluster."""
+async def real(
+    part: str, layout: Layout, shape: Shape, profile: Path, seconds: float, logs: Path | None
+) -> list[tuple[Arm, dict[str, Any]]]:
+    """All arms of one layout, on one cluster. logs: where its processes' logs stay; None: nowhere."""
     done = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = logs / f"{part}-{layout.decode}" if logs else Path(temporary)
         async with processes(part, layout, folder, profile) as running:
             allowed = read_sim_folder(running.options.model, SimModel()).allowed_token_ids
             again = 0
@@ -445,6 +447,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=Shape().jobs, help="streams of jobs of modelled and sim")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="for modelled arms at a time")
     parser.add_argument("--modelled-seconds", type=float, default=120.0, help="of each modelled arm, in its own time")
+    parser.add_argument("--logs", type=Path, help="folder for the processes' logs; else they are thrown away")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     facts = machine()
@@ -470,7 +473,7 @@ def main() -> int:
         for part in [part for part in parts if part != "modelled"]:
             for layout in layouts[part]:
                 load = shape if part == "sim" else TORCH
-                done = asyncio.run(real(part, layout, load, profile_file, options.seconds))
+                done = asyncio.run(real(part, layout, load, profile_file, options.seconds, options.logs))
                 found += [arm for arm, _ in done]
                 lags += [{"part": part, "layout": layout.name, "arm": arm.name, "client_lag_ms": lag} for arm, lag in done]
     rows = ratios(found)
