@@ -87,7 +87,7 @@ bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to c
 plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
 	$(BIN)/python bench/plot_handoff.py
 
-bench-mixed: $(VENV)/.ready ## chats alone and beside 16k-token summarisation jobs, in modelled time, on sim and on torch; a plot (eight minutes; MIXED="--parts sim")
+bench-mixed: $(VENV)/.ready ## chats alone and beside 16k-token summarisation jobs, in modelled time, on sim and on torch; a plot (ten minutes; MIXED="--parts sim")
 	$(BIN)/python bench/chat_beside_summaries.py $(MIXED)
 
 ci: ## what continuous integration runs

@@ -54,7 +54,6 @@ TARGET_CHAT_RATIO, TARGET_JOB_SPEED = 1.1, 0.9
 JOB_EVERY_S = 1.0  # between the first jobs of the streams
 # Chats are counted from here on: all streams of jobs have begun, and chats that were decoded where a job came are over.
 WARM_UP_S = 11.0
-JOBS_ALONE_S = 20.0  # in which jobs are sent where there are no chats
 TORCH_CHECK_EVERY = 5  # answers of torch; the others are checked for their length and end
 TORCH = Shape(chats=6, chat_prompt=(40, 120), chat_answer=(24, 48), think_s=2.0, jobs=2, job_prompt=3600, job_answer=64)
 
@@ -149,7 +148,6 @@ async def drive(arm: Arm, shape: Shape, seconds: float, ask: AskOnce) -> None:
 
 def modelled(arm: Arm, shape: Shape, profile: SimProfile, seconds: float) -> Arm:
     """One arm in modelled time, in a process of its own. Returns: the arm, filled."""
-    seconds = seconds if arm.chats else min(seconds, JOBS_ALONE_S)
 
     async def run() -> None:
         fleet = ModelledFleet(profile, prefill=arm.layout.prefill, decode=arm.layout.decode, num_blocks=POOL_TOKENS // 16)
@@ -320,8 +318,7 @@ async def real(
                 return (await post(running, sent.what, "default")).tokens()[0]
 
             for arm in arms(part, layout, shape, tiers=["flex"]):
-                seconds_of = seconds if arm.chats else min(seconds, JOBS_ALONE_S)
-                lag = await measured(arm, replace(shape, seed=shape.seed + 1 + len(done)), running, seconds_of, wanted)
+                lag = await measured(arm, replace(shape, seed=shape.seed + 1 + len(done)), running, seconds, wanted)
                 print(line(arm), file=sys.stderr, flush=True)
                 done.append((arm, lag))
     return done
