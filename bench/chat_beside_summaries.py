@@ -404,8 +404,8 @@ def draw(found: Sequence[Arm], out: Path) -> None:
             style = "-" if arm.layout.prefill else ":"
             label = f"{arm.layout.name}: {arm.name}"
             for axes, values in zip(row, (arm.chat.first_s, arm.chat.gap_s), strict=True):
-                at = [quantile(values, share / 1000) * 1e3 for share in range(1001)]
-                axes.plot(at, [share / 1000 for share in range(1001)], style, color=colors[arm.name], label=label, linewidth=1)
+                shares = np.linspace(0, 1, 501)
+                axes.plot(np.quantile(values, shares) * 1e3, shares, style, color=colors[arm.name], label=label, linewidth=1)
         for axes, name in zip(row, ("TTFT", "ITL"), strict=True):
             axes.axhline(0.99, color="grey", linewidth=0.5, linestyle="--")
             axes.set_xscale("log")
