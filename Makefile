@@ -14,10 +14,11 @@ SOAK ?=
 STREAM ?=
 MODEL ?=
 FAULTS ?=
+MIXED ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
-	bench-handoff bench-stream plot-handoff ci clean
+	bench-handoff bench-stream bench-mixed plot-handoff ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -89,6 +90,9 @@ bench-stream: $(VENV)/.ready ## the frontend beside the peer's: tokens/s, CPU pe
 
 plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
 	$(BIN)/python bench/plot_handoff.py
+
+bench-mixed: $(VENV)/.ready ## chats alone and beside 16k-token summarisation jobs, in modelled time, on sim and on torch; a plot (ten minutes; MIXED="--parts sim")
+	$(BIN)/python bench/chat_beside_summaries.py $(MIXED)
 
 ci: ## what continuous integration runs
 	bash .ci/run

@@ -68,6 +68,30 @@ def test_short_prompt_overtakes_a_long_one_at_the_next_chunk():
     assert bench.tokens("long") == []
 
 
+def test_short_prompt_overtakes_a_long_one_that_is_nearly_done():
+    bench = virtual_engine(8192, "polynomial", limits=BIG)
+    bench.engine.add(request_of("long", tokens_of(60000), max_tokens=1))
+    while bench.engine.stats().waiting_prefill_tokens > 20000 or not bench.outputs:
+        bench.step()
+    bench.engine.add(request_of("short", tokens_of(100, 1), max_tokens=1))
+    bench.step()
+    assert order_of_first_tokens(bench) == ["short"]
+
+
+@pytest.mark.parametrize("priority", list(Priority))
+def test_step_that_ends_a_short_prompt_is_not_filled_up_with_a_piece_of_a_long_one(priority):
+    """The first token of the short one would come as much later as the piece takes."""
+    bench = virtual_engine(8192, "polynomial", limits=BIG)
+    bench.engine.add(request_of("long", tokens_of(60000), max_tokens=1, priority=priority))
+    bench.step()
+    for name in ("short", "other"):
+        bench.engine.add(request_of(name, tokens_of(100, 1 + len(name)), max_tokens=1))
+    output = bench.step()
+    assert output.prefill_tokens == 200
+    assert {end.key.request_id for end in output.ends} == {"short", "other"}
+    assert bench.step().prefill_tokens > 1000
+
+
 def test_interactive_goes_before_batch():
     bench = virtual_engine(1024, "polynomial", limits=BIG)
     bench.engine.add(request_of("batch", tokens_of(8000), max_tokens=1, priority=Priority.BATCH))

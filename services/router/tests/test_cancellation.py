@@ -11,7 +11,7 @@ from baton_contracts.router.v1 import router_service_pb2 as pb
 from baton_contracts.router.v1 import router_service_pb2_grpc as pb_grpc
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb
 from baton_router.config import RouterConfig
-from baton_router.fleet import Fleet, PrefillSpeed, Worker
+from baton_router.fleet import Fleet, Worker
 from baton_router.index import BlockIndex
 from baton_router.metrics import RouterMetrics
 from baton_router.placement import Placer
@@ -27,7 +27,7 @@ async def serving() -> AsyncIterator[tuple[pb_grpc.RouterServiceStub, Worker, Gr
     fleet, index = Fleet(), BlockIndex(10_000)
     record = discovery.Instance(instance_id="d0", incarnation="inc-d0", capabilities=[discovery.CAPABILITY_WHOLE])
     record.model.served_name, record.model.max_model_tokens, record.layout.block_tokens = "m", 4096, 16
-    worker = fleet.workers["inc-d0"] = Worker(record, index.add_worker(), PrefillSpeed(50.0))
+    worker = fleet.add(record, index.add_worker(), 50.0)
     telemetry = configure_telemetry("router", "0", "router-0", "0" * 16, "", 0.0)
     server = GrpcServer("127.0.0.1:0")
     placer = Placer(RouterConfig(), fleet, index)

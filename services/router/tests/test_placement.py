@@ -5,7 +5,7 @@ from baton_contracts.discovery.v1 import instance_pb2 as discovery
 from baton_contracts.router.v1 import router_service_pb2 as pb
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb
 from baton_router.config import RouterConfig
-from baton_router.fleet import Fleet, PrefillSpeed, Worker
+from baton_router.fleet import Fleet, Placed, StepSpeed, Worker
 from baton_router.index import BlockIndex
 from baton_router.placement import Placer
 from baton_runtime.hashing import chain_hashes
@@ -40,10 +40,9 @@ class House:
             layout=layout,
             capabilities=CAPABILITIES[service],
         )
-        added = Worker(record, self.index.add_worker(), PrefillSpeed(50.0))
+        added = self.fleet.add(record, self.index.add_worker(), 50.0)
         added.heard(worker_pb.Beat(), self.now)
         added.reported(worker_pb.WorkerLoad(**load), self.now)
-        self.fleet.workers[added.incarnation] = added
         return added
 
     def pair(self) -> tuple[Worker, Worker]:
@@ -205,8 +204,145 @@ def test_an_ended_placement_no_longer_counts() -> None:
     assert (prefill.queue_us(), decode.num_sequences) == (0, 0)
 
 
+def decode_steps(worker: Worker, us_per_kv_token: float) -> None:
+    """It has reported steps of several sizes, of 5 ms beside what KV costs."""
+    for kv_tokens in (1000, 8000, 2000, 32000) * 20:
+        worker.decode_speed.add(kv_tokens, round(5_000 + us_per_kv_token * kv_tokens))
+
+
+def two_decodes() -> tuple[House, Worker, Worker]:
+    """One with many chats, one with a few long sequences; a KV token costs 0.1 us of a step."""
+    house = House()
+    house.add("p0", discovery.SERVICE_PREFILL)
+    chats = house.add("d0", discovery.SERVICE_DECODE, running_sequences=20, active_kv_tokens=6_000)
+    long = house.add("d1", discovery.SERVICE_DECODE, running_sequences=2, active_kv_tokens=32_000)
+    decode_steps(chats, 0.1)
+    return house, chats, long
+
+
+def test_a_long_prompt_is_decoded_where_it_slows_the_fewest_down() -> None:
+    house, _, _ = two_decodes()
+    assert house.ask(num_tokens=4000).placement.decode.instance_id == "d1"
+
+
+def test_a_chat_is_decoded_where_steps_are_short_though_more_sequences_run_there() -> None:
+    house, _, _ = two_decodes()
+    assert house.ask(num_tokens=100).placement.decode.instance_id == "d0"
+
+
+def fleet_with_chats() -> House:
+    """Four decode instances with three chats each."""
+    house = House()
+    house.add("p0", discovery.SERVICE_PREFILL)
+    for index in range(4):
+        house.add(f"d{index}", discovery.SERVICE_DECODE, running_sequences=3, active_kv_tokens=300)
+    decode_steps(house.fleet.workers["inc-d0"], 0.1)
+    house.placer.ended(ask_chat(house))
+    return house
+
+
+def ask_chat(house: House) -> int:
+    """Place a chat; the number of its placement."""
+    house.placer.place(pb.Query(query_id=1, model="m", num_tokens=100, attempt=1), 999, house.now)
+    return 999
+
+
+@pytest.mark.parametrize("fields", [{"priority": worker_pb.PRIORITY_BATCH}, {"priority": worker_pb.PRIORITY_INTERACTIVE}])
+def test_long_jobs_spread_over_all_decodes_but_one_and_leave_that_to_the_chats(fields: dict) -> None:
+    house = fleet_with_chats()
+    house.config = house.placer._config = RouterConfig(long_tokens=2048)
+    jobs = [house.ask(num_tokens=4000, **fields).placement.decode.instance_id for _ in range(9)]
+    assert sorted(jobs.count(name) for name in {*jobs}) == [3, 3, 3]
+    (left,) = {"d0", "d1", "d2", "d3"} - {*jobs}
+    chats = {house.ask(num_tokens=100).placement.decode.instance_id for _ in range(9)}
+    assert chats == {left}
+
+
+def test_chats_stay_away_from_a_decode_whose_jobs_are_still_prefilled() -> None:
+    house = fleet_with_chats()
+    job = house.ask(num_tokens=4000, priority=worker_pb.PRIORITY_BATCH).placement.decode.instance_id
+    for w in house.fleet.workers.values():
+        w.reported(worker_pb.WorkerLoad(running_sequences=3, active_kv_tokens=300), house.now + 1)
+    assert job not in {house.ask(num_tokens=100).placement.decode.instance_id for _ in range(9)}
+
+
+def test_long_jobs_have_every_decode_once_the_chats_are_gone() -> None:
+    house = fleet_with_chats()
+    house.now += 31.0
+    for w in house.fleet.workers.values():
+        w.heard(worker_pb.Beat(), house.now)
+    jobs = {house.ask(num_tokens=4000, priority=worker_pb.PRIORITY_BATCH).placement.decode.instance_id for _ in range(8)}
+    assert len(jobs) == 4
+
+
+def test_one_long_job_takes_no_more_than_one_decode() -> None:
+    house = fleet_with_chats()
+    house.ask(num_tokens=4000, priority=worker_pb.PRIORITY_BATCH)
+    assert len({house.ask(num_tokens=100).placement.decode.instance_id for _ in range(9)}) == 3
+
+
+def test_chats_with_more_kv_than_the_jobs_keep_more_of_the_decodes() -> None:
+    house = fleet_with_chats()
+    for name in ("d0", "d1", "d2", "d3"):
+        house.fleet.workers[f"inc-{name}"].load.active_kv_tokens = 8000
+    jobs = {house.ask(num_tokens=1000, priority=worker_pb.PRIORITY_BATCH).placement.decode.instance_id for _ in range(8)}
+    assert len(jobs) == 1
+
+
+def test_what_a_kv_token_costs_is_learned_from_all_workers_of_a_kind() -> None:
+    house = House()
+    one, other = house.add("d0", discovery.SERVICE_DECODE), house.add("d1", discovery.SERVICE_DECODE)
+    decode_steps(one, 0.1)
+    assert other.decode_speed.us_per_token == pytest.approx(0.1, rel=0.02)
+
+
+def two_prefills(queue_tokens: int) -> House:
+    """Prompts of chats come to p1 twice a second; p0 has a queue."""
+    house = House()
+    house.add("d0", discovery.SERVICE_DECODE)
+    house.add("p0", discovery.SERVICE_PREFILL, waiting_prefill_tokens=queue_tokens)
+    chats = house.add("p1", discovery.SERVICE_PREFILL)
+    for index in range(10):
+        chats.placed(1000 + index, Placed(house.now - 0.4 * index - 0.2, 100, 0))
+    chats.reported(worker_pb.WorkerLoad(), house.now)
+    return house
+
+
+def test_a_batch_prompt_rather_waits_than_keeps_the_prompts_of_chats_waiting() -> None:
+    house = two_prefills(queue_tokens=500)
+    house.fleet.workers["inc-p1"].beat.predicted_step_us = 100_000
+    assert house.ask(num_tokens=4000, priority=worker_pb.PRIORITY_BATCH).placement.prefill.instance_id == "p0"
+    assert house.ask(num_tokens=100, priority=worker_pb.PRIORITY_INTERACTIVE).placement.prefill.instance_id == "p1"
+
+
+def test_a_batch_prompt_does_not_wait_for_ever() -> None:
+    house = two_prefills(queue_tokens=1_000_000)
+    assert house.ask(num_tokens=4000, priority=worker_pb.PRIORITY_BATCH).placement.prefill.instance_id == "p1"
+
+
+def test_a_placement_is_not_counted_beside_the_load_that_shows_it() -> None:
+    house = House()
+    prefill, _ = house.pair()
+    house.ask(num_tokens=100)
+    prefill.reported(worker_pb.WorkerLoad(waiting_prefill_tokens=99), house.now + 0.05)
+    assert prefill.queue_us() == 2 * 99 * 50  # the Start may still have been on its way when this was sent
+    prefill.reported(worker_pb.WorkerLoad(waiting_prefill_tokens=99), house.now + 0.2)
+    assert prefill.queue_us() == 99 * 50
+
+
+def test_batch_sequences_of_ours_weigh_less_until_they_are_over() -> None:
+    house = House()
+    _, decode = house.pair()
+    house.placer.place(pb.Query(query_id=7, model="m", num_tokens=100, attempt=1, priority=worker_pb.PRIORITY_BATCH), 42, house.now)
+    decode.reported(worker_pb.WorkerLoad(running_sequences=3), house.now + 1)
+    assert decode.weight == pytest.approx(2.5)
+    house.placer.ended(42)
+    decode.reported(worker_pb.WorkerLoad(running_sequences=2), house.now + 2)
+    assert decode.weight == 2
+
+
 def test_speed_is_fitted_from_steps() -> None:
-    speed = PrefillSpeed(50.0)
+    speed = StepSpeed(50.0)
     for tokens in (64, 512, 128, 2048, 1024, 256) * 20:
         speed.add(tokens, 5_000 + 15 * tokens)
     assert speed.predict_us(1000) == pytest.approx(20_000, rel=0.02)

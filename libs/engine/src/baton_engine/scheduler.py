@@ -2,10 +2,11 @@
 
 Order of service is by rank, the smaller the sooner:
 
-    rank = arrival + (batch_delay_s if BATCH) + predicted time of what is left to prefill
+    rank = arrival + (batch_delay_s if BATCH) + 2 x predicted time of what is to prefill
 
 so interactive goes before batch, a short prompt overtakes a long one at the next chunk, and as rank is a point in time,
-everything is first at some time: nothing is starved.
+everything is first at some time: nothing is starved. A step with the end of a prompt is not filled up with a piece of one that it cannot
+finish: the short prompt would wait for as long as the piece takes.
 """
 
 import heapq
@@ -21,6 +22,10 @@ from baton_engine.blocks import BlockManager, Turn
 from baton_engine.errors import CacheFull
 from baton_engine.runner import StepLoad
 from baton_engine.sequence import SequenceState
+
+# A prompt lets shorter ones go before it for so many times as long as it takes itself. Not what is left of it counts, or in its second half
+# it would keep them waiting to its end.
+_YIELDS = 2.0
 
 _Ranked: TypeAlias = tuple[float, int, SequenceState]  # rank, number (unique, so states are never compared)
 
@@ -148,7 +153,7 @@ class Scheduler:
     def _rank(self, state: SequenceState) -> float:
         full = self.limits.max_chunk_tokens
         token_s = (self._predict_s(StepLoad().plus(0, full)) - self._predict_s(StepLoad())) / full
-        return state.arrived_at + self._delay_s(state) + state.remaining * token_s
+        return state.arrived_at + self._delay_s(state) + _YIELDS * state.remaining * token_s
 
     def _delay_s(self, state: SequenceState) -> float:
         return self.limits.batch_delay_s if state.request.priority is Priority.BATCH else 0.0
@@ -224,14 +229,18 @@ class Scheduler:
     def _add_prefills(self, plan: Plan) -> None:
         limits = self.limits
         states = [state for state in self.running.values() if not state.is_decoding and not state.paused]
-        started = deque(sorted((self._rank(state), state.number, state) for state in states))
+        started = deque(sorted((state.waiting_rank, state.number, state) for state in states))
         slots = limits.max_batch_sequences - sum(not state.paused for state in self.running.values())
         limit_s = limits.max_mixed_step_s if plan.chunks else limits.max_step_s
         budget = limits.max_chunk_tokens
+        finishes_one = False  # whether the step computes the end of a prompt
         while budget > 0 and len(plan.chunks) < limits.max_batch_sequences:
             state = self._best(started, has_slot=slots > 0)
             is_first = budget == limits.max_chunk_tokens
-            if state is None or not (is_first or self._chunk_tokens(plan.load, state, limits.block_tokens, limit_s)):
+            if state is None:
+                return
+            fitting = 0 if is_first else self._chunk_tokens(plan.load, state, budget, limit_s)
+            if not is_first and (not fitting or (finishes_one and fitting < state.remaining)):
                 return
             if state.key in self.waiting:
                 if not self._admit(state):
@@ -241,6 +250,7 @@ class Scheduler:
                 started.popleft()
             # The first chunk always gets a little: a full batch of decoding sequences must not starve prompts.
             length = self._chunk_tokens(plan.load, state, budget, limit_s) or min(limits.block_tokens, state.remaining, budget)
+            finishes_one |= length == state.remaining
             end = state.computed + length
             if self._add_chunk(state, end, plan):
                 plan.load = plan.load.plus(state.computed, end)
@@ -266,6 +276,7 @@ class Scheduler:
             except CacheFull:
                 self._blocked_at = version
                 return False
+            state.waiting_rank = self._rank(state)  # now it is known what is cached
         del self.waiting[state.key]
         self.running[state.key] = state
         return True

@@ -119,6 +119,7 @@ class LoopDrivenEngine(DrivenEngine):
     def __init__(self, engine: PagedEngine) -> None:
         super().__init__(engine, clock=asyncio.get_running_loop().time)
         self._condition = self._changed = _LoopCondition()
+        self._took_s = 0.0
 
     async def open(self) -> None:
         """See Engine.open."""
@@ -139,10 +140,15 @@ class LoopDrivenEngine(DrivenEngine):
                 continue
             predicted_s = self._plan_step(self._take_commands())
             if predicted_s is not None:
+                self._took_s = predicted_s
                 await asyncio.sleep(predicted_s)
                 self._run_step()
         self._end_all()
         self._finish(EndReason.CANCELLED, "engine closed")
+
+    def _emit(self, output: StepOutput) -> None:
+        output.duration_s = self._took_s  # the step itself ran at one instant
+        super()._emit(output)
 
 
 class _LoopCondition(threading.Condition):

@@ -1,6 +1,8 @@
 """Whom a source offers next: the oldest, within its look-ahead and each sink's share of the pool."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+
+from baton_engine.api import Priority
 
 from baton_handoff.admission import OfferQueue
 from baton_handoff.config import HandoffConfig
@@ -33,11 +35,11 @@ class Offers:
         """
         if not len(self._queue):
             return
-        ahead = self._ahead_tokens(now)
+        ahead = self._ahead(now)
         held_back: set[str] = set()  # peers whose oldest waits for its share: its younger ones would eat what it waits for
         for handoff in self._queue.due(now):
-            if ahead >= self._config.look_ahead_tokens:
-                return
+            if self._tokens_before(handoff, ahead) >= self._config.look_ahead_tokens:
+                continue
             peer = handoff.peer.incarnation
             if not linked.get(peer) or peer in held_back:
                 continue
@@ -45,20 +47,29 @@ class Offers:
                 held_back.add(peer)
                 continue
             yield handoff
-            ahead += self._counted(handoff.num_tokens)
+            ahead.append((handoff.priority, handoff.num_tokens))
 
-    def _counted(self, num_tokens: int) -> int:
-        # A quarter at most, so that some short prompts can be begun beside a long one and overtake it in the engine.
-        return min(num_tokens, max(1, self._config.look_ahead_tokens // 4))
+    def _tokens_before(self, handoff: SourceHandoff, ahead: Iterable[tuple[Priority, int]]) -> int:
+        """Tokens of those under way that the engine takes before it, or may.
 
-    def _ahead_tokens(self, now: float) -> int:
-        """Tokens begun and not computed; offers count only while an answer is to be expected, or one hung sink would stop all."""
-        computing = sum(
-            self._counted(max(0, handoff.num_tokens - handoff.computed * self._block_tokens))
+        Batch work never holds an interactive prompt back, which the engine takes first. A long prompt counts a quarter of the look-ahead
+        at most, and all of them together three quarters for a short one, which overtakes them.
+        """
+        quarter = max(1, self._config.look_ahead_tokens // 4)
+        counted = [tokens for priority, tokens in ahead if priority <= handoff.priority]
+        long = quarter * sum(tokens > quarter for tokens in counted)
+        short = sum(tokens for tokens in counted if tokens <= quarter)
+        return short + (min(long, 3 * quarter) if handoff.num_tokens <= quarter else long)
+
+    def _ahead(self, now: float) -> list[tuple[Priority, int]]:
+        """Class of each that is begun and not computed, and tokens to go; offers count only while an answer is to be expected, or one
+        hung sink would stop all."""
+        computing = [
+            (handoff.priority, max(0, handoff.num_tokens - handoff.computed * self._block_tokens))
             for handoff in self._begun.values()
             if handoff.state in (SourceState.COMPUTING, SourceState.FETCHING)
-        )
-        return computing + sum(self._counted(handoff.num_tokens) for handoff in self._queue.recently_offered(now))
+        ]
+        return computing + [(handoff.priority, handoff.num_tokens) for handoff in self._queue.recently_offered(now)]
 
     def _is_over_share(self, handoff: SourceHandoff) -> bool:
         peer = handoff.peer.incarnation

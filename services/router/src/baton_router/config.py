@@ -18,6 +18,8 @@ class RouterConfig(CommonConfig):
     max_waiting_sequences: a worker with that many sequences waiting gets no new work; all of them so: OVERLOADED.
     default_prefill_us_per_token: prefill speed assumed for an instance that has not reported a step yet.
     default_link_bytes_per_s: speed assumed for moving KV between two instances.
+    long_tokens: requests of so many tokens, and all batch requests, are decoded apart from chats where there are two decode instances
+        or more.
     fetch_min_tokens: cached tokens that another instance must have beyond those of the one that prefills for a fetch to be proposed
         (and it must be predicted to be sooner than computing them); 0: never.
     """
@@ -27,4 +29,5 @@ class RouterConfig(CommonConfig):
     max_waiting_sequences: Annotated[int, msgspec.Meta(ge=1)] = 512
     default_prefill_us_per_token: Annotated[float, msgspec.Meta(gt=0)] = 50.0
     default_link_bytes_per_s: Annotated[float, msgspec.Meta(gt=0)] = 2e9
+    long_tokens: Annotated[int, msgspec.Meta(ge=1)] = 8192
     fetch_min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 128

@@ -18,7 +18,7 @@ from baton_runtime.log import get_logger
 from baton_runtime.rpc import open_channel
 
 from baton_router.config import RouterConfig
-from baton_router.fleet import Fleet, PrefillSpeed, Worker
+from baton_router.fleet import Fleet, Worker
 from baton_router.index import BlockIndex
 from baton_router.placement import HASH_BYTES
 
@@ -66,8 +66,7 @@ class Feeds:
         for other in list(self._fleet.workers.values()):
             if (other.record.service, other.record.instance_id) == (instance.service, instance.instance_id):
                 self._feeds[other.incarnation].cancel()  # an earlier life; its feed's end removes it
-        speed = PrefillSpeed(self._config.default_prefill_us_per_token)
-        worker = self._fleet.workers[instance.incarnation] = Worker(instance, self._index.add_worker(), speed)
+        worker = self._fleet.add(instance, self._index.add_worker(), self._config.default_prefill_us_per_token)
         self._feeds[instance.incarnation] = self._tasks.create_task(self._keep(worker), name=f"feed {instance.instance_id}")
 
     async def _keep(self, worker: Worker) -> None:

@@ -1,6 +1,6 @@
 """What the router knows of each worker: its record, its load, its speeds, whether it may get work."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,15 +13,22 @@ SUSPECT_AFTER_S = 1.0
 STUCK_STEP_MIN_S = 2.0
 STUCK_STEP_FACTOR = 4.0
 PAIR_BARRED_S = 10.0
-# A placement is counted by us until the worker's own load, sent every 250 ms, must contain it.
-UNSEEN_S = 0.6
+# A placement is counted by us until a load comes that must contain it: the Start has been sent, and had this long to arrive.
+UNSEEN_S = 0.15
+# Over which the rate of interactive prompts at a worker is measured.
+RATE_S = 5.0
+# What a batch sequence's time counts, an interactive one's being 1: batch work waits for interactive work.
+BATCH_WEIGHT = 0.5
 # Weight of the newest sample of a speed; about the last 50 steps count.
 SMOOTHING = 0.02
 
 
 @dataclass
-class PrefillSpeed:
-    """Step length as overhead_us + us_per_token * tokens, fitted online by exponentially weighted least squares."""
+class StepSpeed:
+    """Step length as overhead_us + us_per_token * tokens, fitted online by exponentially weighted least squares.
+
+    Tokens are prompt tokens computed for prefill, KV tokens attended to for decode.
+    """
 
     us_per_token: float
     overhead_us: float = 0.0
@@ -32,7 +39,7 @@ class PrefillSpeed:
     _xy: float = 0.0
 
     def add(self, tokens: int, duration_us: int) -> None:
-        """One step that computed `tokens` prompt tokens."""
+        """One step of so many tokens."""
         share = max(SMOOTHING, 1.0 / (self._weight + 1.0))
         self._weight += 1.0
         for name, value in (("_x", tokens), ("_y", duration_us), ("_xx", tokens * tokens), ("_xy", tokens * duration_us)):
@@ -48,19 +55,37 @@ class PrefillSpeed:
         return self.overhead_us + self.us_per_token * tokens if tokens else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a placement brings to a worker. prefill_tokens: to compute there; kv_tokens: to attend to there; weight: of its time;
+    is_apart: it is batch work, or long, and decoded apart from chats where there is room."""
+
+    at: float
+    prefill_tokens: int
+    kv_tokens: int
+    weight: float = 1.0
+    is_apart: bool = False
+
+
 @dataclass
 class Worker:
-    """One life of a prefill or decode instance."""
+    """One life of a prefill or decode instance.
+
+    decode_speed: of all workers of its kind together; one alone sees too few sizes of its own batch to tell what a KV token costs.
+    """
 
     record: discovery.Instance
     bit: int
-    speed: PrefillSpeed
+    speed: StepSpeed
+    decode_speed: StepSpeed = field(default_factory=lambda: StepSpeed(0.0))
     load: worker.WorkerLoad = field(default_factory=worker.WorkerLoad)
     decode_step_us: float = 0.0
     heard_at: float = float("-inf")  # last message of its feed, our monotonic clock
     beat: worker.Beat = field(default_factory=worker.Beat)
     fenced_at: float = float("-inf")  # a frontend's report; its own feed newer than that lifts it
-    _unseen: OrderedDict[int, tuple[float, int]] = field(default_factory=OrderedDict)  # placement -> (when, prefill tokens)
+    _placed: dict[int, Placed] = field(default_factory=dict)  # by placement, until it is over
+    _unseen: OrderedDict[int, Placed] = field(default_factory=OrderedDict)  # of them those its load does not show yet
+    _prompts: deque[float] = field(default_factory=deque)  # when interactive prompts were placed here to be computed, last RATE_S
     kv_kind: bytes = field(init=False)  # equal bytes: the same model and layout
 
     def __post_init__(self) -> None:
@@ -97,16 +122,20 @@ class Worker:
                 self.speed.add(sample.prefill_tokens, sample.duration_us)
             elif sample.decode_sequences:
                 self.decode_step_us += (sample.duration_us - self.decode_step_us) * (SMOOTHING if self.decode_step_us else 1.0)
-        while self._unseen and now - next(iter(self._unseen.values()))[0] > UNSEEN_S:
+                self.decode_speed.add(sample.kv_tokens, sample.duration_us)
+        while self._unseen and now - next(iter(self._unseen.values())).at > UNSEEN_S:
             self._unseen.popitem(last=False)
 
-    def placed(self, query: int, prefill_tokens: int, now: float) -> None:
+    def placed(self, placement: int, work: Placed) -> None:
         """Work was given to it that its load does not show yet."""
-        self._unseen[query] = (now, prefill_tokens)
+        self._placed[placement] = self._unseen[placement] = work
+        if work.prefill_tokens and work.weight == 1.0:
+            self._prompts.append(work.at)
 
-    def ended(self, query: int) -> None:
+    def ended(self, placement: int) -> None:
         """That work is over or elsewhere."""
-        self._unseen.pop(query, None)
+        self._placed.pop(placement, None)
+        self._unseen.pop(placement, None)
 
     @property
     def num_sequences(self) -> int:
@@ -118,9 +147,37 @@ class Worker:
         """Sequences that do not run yet."""
         return int(self.load.waiting_sequences) + len(self._unseen)
 
+    @property
+    def weight(self) -> float:
+        """Weights of its sequences together. Those another router has placed count as interactive."""
+        known_batch = sum(work.weight != 1.0 for work in self._placed.values())
+        return max(0.0, self.num_sequences - (1.0 - BATCH_WEIGHT) * known_batch)
+
+    @property
+    def num_apart(self) -> int:
+        """Sequences that are decoded here apart from chats, as far as this router placed them."""
+        return sum(work.is_apart and work.kv_tokens > 0 for work in self._placed.values())
+
+    @property
+    def apart_tokens(self) -> int:
+        """Their KV tokens."""
+        return sum(work.kv_tokens for work in self._placed.values() if work.is_apart)
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens a decode step attends to, or is about to, those of long sequences that are still computed elsewhere included."""
+        seen = int(self.load.active_kv_tokens) + sum(work.kv_tokens for work in self._unseen.values())
+        return max(seen, self.apart_tokens)
+
+    def prompts_per_s(self, now: float) -> float:
+        """Interactive prompts it was lately given to compute."""
+        while self._prompts and now - self._prompts[0] > RATE_S:
+            self._prompts.popleft()
+        return len(self._prompts) / RATE_S
+
     def queue_us(self) -> float:
         """Predicted wait for a new prompt."""
-        return self.speed.predict_us(int(self.load.waiting_prefill_tokens) + sum(tokens for _, tokens in self._unseen.values()))
+        return self.speed.predict_us(int(self.load.waiting_prefill_tokens) + sum(work.prefill_tokens for work in self._unseen.values()))
 
 
 class Fleet:
@@ -130,6 +187,13 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self._barred: dict[tuple[str, str], float] = {}
         self._matches: dict[tuple[bytes, bytes], bool] = {}  # by kv_kind: as many as there are kinds of workers, squared
+        self._decode_speeds: dict[bytes, StepSpeed] = {}  # by kv_kind
+
+    def add(self, record: discovery.Instance, bit: int, prefill_us_per_token: float) -> Worker:
+        """A new life. prefill_us_per_token: its speed until it has reported a step."""
+        made = self.workers[record.incarnation] = Worker(record, bit, StepSpeed(prefill_us_per_token))
+        made.decode_speed = self._decode_speeds.setdefault(made.kv_kind, made.decode_speed)
+        return made
 
     def serving(self, model: str) -> list[Worker]:
         """Workers of that model, whatever their state."""
