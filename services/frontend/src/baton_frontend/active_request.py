@@ -91,6 +91,11 @@ class ActiveRequest:
 
     # --- life
 
+    @property
+    def generation(self) -> Generation:
+        """What was asked for."""
+        return self._generation
+
     def begin(self) -> None:
         """Admitted: ask for a place."""
         if self._generation.deadline_s is not None:

@@ -52,6 +52,11 @@ class Generation:
     deadline_s: float | None = None  # time left from submit on; None: none
     operation: Literal["chat", "text_completion"] = "chat"  # gen_ai.operation.name, for spans and logs
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together, at most."""
+        return len(self.prompt_token_ids) + self.max_tokens
+
 
 class TokenLogprob(NamedTuple):
     """Log probabilities of one drawn token: natural logarithm, before temperature."""
@@ -114,7 +119,7 @@ class Generator(Protocol):
     def submit(self, generation: Generation, sink: TokenSink, trace_context: Context | None) -> GenerationHandle:
         """Take over a generation; its end will reach the sink exactly once.
 
-        Raises: BatonError (QueueFull, Draining, Unavailable, ...): refused at once, the sink is never called.
+        Raises: BatonError (AdmissionFull, Draining, Unavailable, ...): refused at once, the sink is never called.
         """
 
     def models(self) -> list[ModelInfo]:

@@ -17,6 +17,7 @@ from baton_runtime.telemetry import context_from, traceparent
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from baton_frontend.admission import Admission
 from baton_frontend.event_writer import DirectResponse, EventWriter
 from baton_frontend.generation import Generator, ModelInfo
 from baton_frontend.model_registry import LoadedModel, ModelRegistry
@@ -60,6 +61,7 @@ class HttpRecord:
     output_tokens: int = 0
     request_id: str = ""  # of the first choice; empty before anything was submitted
     traceparent: str = ""  # of the call's span; empty without tracing
+    body_bytes: int = 0  # taken from the admission, given back at the end
 
     def headers(self) -> dict[str, str]:
         """By which the call is found again in logs and traces."""
@@ -90,6 +92,7 @@ class OpenAIHandlers:
         registry: ModelRegistry,
         settings: HttpSettings,
         *,
+        admission: Admission | None = None,
         tracer: trace.Tracer | None = None,
         observer: HttpObserver | None = None,
         is_ready: Callable[[], bool] | None = None,
@@ -98,6 +101,7 @@ class OpenAIHandlers:
         self._generator = generator
         self._registry = registry
         self._settings = settings
+        self._admission = admission if admission is not None else Admission()
         self._tracer = tracer if tracer is not None else trace.NoOpTracer()
         self._observer = observer if observer is not None else NoObserver()
         self._is_ready = is_ready if is_ready is not None else lambda: bool(generator.models())
@@ -171,6 +175,7 @@ class OpenAIHandlers:
         context = trace.set_span_in_context(span)
         record.traceparent = traceparent(context)
         try:
+            self._admission.check()
             planned = await self._plan(request, endpoint, record)
             answer = self._stream if planned.body.stream else self._collect
             response = await answer(request, planned, record, context)
@@ -187,6 +192,7 @@ class OpenAIHandlers:
             raise
         finally:
             record.ended_at = time.monotonic()
+            self._admission.give_bytes(record.body_bytes)
             span.set_attribute(semconv.HTTP_RESPONSE_STATUS_CODE, record.status)
             if record.error_code is not None:
                 span.set_attribute(semconv.ERROR_TYPE, record.error_code)
@@ -194,7 +200,7 @@ class OpenAIHandlers:
             self._observer.on_call_end(record)
 
     async def _plan(self, request: web.Request, endpoint: Endpoint, record: HttpRecord) -> PlannedCall:
-        data = await self._read(request)
+        data = await self._read(request, record)
         limit = self._settings.max_generations
         if endpoint == "chat":
             chat = parse_chat(data)
@@ -212,20 +218,28 @@ class OpenAIHandlers:
         record.model = info.served_name
         return info, await self._registry.load(info)
 
-    async def _read(self, request: web.Request) -> bytes:
+    async def _read(self, request: web.Request, record: HttpRecord) -> bytes:
+        """The body, held against the bound on bytes before it is read; without a length (chunked, compressed) as it comes."""
         limit = self._settings.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than {limit} bytes; send less", code="body_too_large")
-        if (request.content_length or 0) > limit:
-            raise too_large
+        self._hold_body(record, request.content_length or 0, limit)
+        body = bytearray()
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
-                return await request.read()
-        except web.HTTPRequestEntityTooLarge as error:
-            raise too_large from error
+                async for part in request.content.iter_any():
+                    body += part
+                    self._hold_body(record, len(body), limit)
+                return bytes(body)
         except TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {self._settings.body_timeout_s:g} s", code="body_timeout") from error
         except (web.RequestPayloadError, web.HTTPBadRequest) as error:
             raise ApiError(400, "the body could not be read; check its length and encoding", code="invalid_body") from error
+
+    def _hold_body(self, record: HttpRecord, num_bytes: int, limit: int) -> None:
+        if num_bytes > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes (frontend.max_body_bytes); send less", code="body_too_large")
+        if num_bytes > record.body_bytes:
+            self._admission.take_bytes(num_bytes - record.body_bytes)
+            record.body_bytes = num_bytes
 
     async def _collect(self, _: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
@@ -282,7 +296,7 @@ class OpenAIHandlers:
 
         limit = self._settings.slow_reader_limit_bytes
         headers = "".join(f"{name}: {value}\r\n" for name, value in record.headers().items()).encode()
-        return EventWriter(request, headers, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
+        return EventWriter(request, headers, self._admission, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
 
     async def _follow(self, call: Call, writer: EventWriter, sinks: list[StreamSink]) -> None:
         """Wait for the end; the sinks write by themselves unless the reader is slow."""
@@ -314,14 +328,22 @@ def _note(record: HttpRecord, call: Call) -> None:
         record.error_code = call.failure.code
 
 
+def _request_id() -> dict[str, str]:
+    """Of what is no call of a model."""
+    return {"X-Request-Id": secrets.token_hex(8)}
+
+
 def _json(content: object, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
+    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json", headers=_request_id())
 
 
 def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """An error in OpenAI's form. headers: beside its own."""
-    all_headers = {**error.headers(), **(headers or {})}
-    return web.Response(body=error.body(), status=error.status, content_type="application/json", headers=all_headers)
+    """An error in OpenAI's form. headers: beside its own; default: a request id."""
+    all_headers = {**error.headers(), **(headers or _request_id())}
+    response = web.Response(body=error.body(), status=error.status, content_type="application/json", headers=all_headers)
+    if error.code == "draining":
+        response.force_close()  # so that the client's next request goes elsewhere
+    return response
 
 
 @web.middleware

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 from baton_contracts.discovery.v1 import instance_pb2
 from baton_runtime import hashing
-from baton_runtime.errors import BatonError, Draining, NotFound, QueueFull, Unavailable
+from baton_runtime.errors import BatonError, Draining, NotFound, Unavailable
 from baton_runtime.log import get_logger
 from opentelemetry import trace
 from opentelemetry.context import Context
 
 from baton_frontend.active_request import ActiveRequest
+from baton_frontend.admission import Admission
 from baton_frontend.generation import Generation, ModelInfo, TokenSink
 from baton_frontend.metrics import FrontendMetrics
 from baton_frontend.pacing import Pacer
@@ -29,13 +30,10 @@ ROUTE_LIMIT_CHECK_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """max_inflight: generations beyond are refused. resumes_per_tick: resumes asked for per 50 ms. route_limit_s: an unanswered
-    question is given up after this long. retry_after_ms: advice with a refusal at admission."""
+    """resumes_per_tick: resumes asked for per 50 ms. route_limit_s: an unanswered question is given up after this long."""
 
-    max_inflight: int = 4096
     resumes_per_tick: int = 32
     route_limit_s: float = 600.0
-    retry_after_ms: int = 1000
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
@@ -50,6 +48,7 @@ class RequestManager:
         routes: RouteClient,
         tracer: trace.Tracer,
         metrics: FrontendMetrics,
+        admission: Admission,
         settings: ManagerSettings,
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle],
@@ -60,6 +59,7 @@ class RequestManager:
         self.routes = routes
         self.tracer = tracer
         self.metrics = metrics
+        self.admission = admission
         self.settings = settings
         self.clock = clock
         self.call_later = call_later
@@ -80,7 +80,8 @@ class RequestManager:
     # --- Generator
 
     def submit(self, generation: Generation, sink: TokenSink, trace_context: Context | None) -> ActiveRequest:
-        """See `Generator`. Raises: Draining, QueueFull, NotFound; the sink is never called then, nor before this returns."""
+        """See `Generator`. Raises: Draining, AdmissionFull, InvalidArgument, NotFound; the sink is never called then, nor before this
+        returns."""
         try:
             model = self._admissible(generation)
         except BatonError as error:
@@ -101,13 +102,11 @@ class RequestManager:
 
     def _admissible(self, generation: Generation) -> ModelInfo:
         if self._is_draining:
-            raise Draining()
-        limit = self.settings.max_inflight
-        if len(self._active) >= limit:
-            raise QueueFull(depth=len(self._active), limit=limit, retry_after_ms=self.settings.retry_after_ms)
+            raise Draining("this frontend")
         model = self.workers.model(generation.model)
         if model is None:
             raise NotFound("model", generation.model)
+        self.admission.admit(generation.num_tokens)
         return model
 
     # --- life
@@ -120,7 +119,7 @@ class RequestManager:
     @property
     def is_ready(self) -> bool:
         """Whether a new generation would be taken."""
-        return not self._is_draining and len(self._active) < self.settings.max_inflight and bool(self.workers.models())
+        return not self._is_draining and self.admission.is_open and bool(self.workers.models())
 
     def set_draining(self) -> None:
         """Refuse new generations from now on."""
@@ -167,7 +166,8 @@ class RequestManager:
 
     def ended(self, active: ActiveRequest) -> None:
         """A request is over."""
-        self._active.pop(active.request_id, None)
+        if self._active.pop(active.request_id, None) is not None:
+            self.admission.leave(active.generation.num_tokens)
         self.metrics.inflight.set(len(self._active))
         if not self._active:
             self._idle.set()
