@@ -73,7 +73,7 @@ class ActiveRequest:
         self._query: tuple[RouterLink, int] | None = None  # open
         self._placed_by: tuple[RouterLink, int] | None = None  # whose load counts the running attempt
         self._query_at = 0.0
-        self._deadline = None if generation.deadline_s is None else manager.clock() + generation.deadline_s
+        self._deadline = manager.clock() + self.request.deadline_s
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._wake_timer: asyncio.TimerHandle | None = None
         self._report = RequestReport(request_id, generation, manager.tracer, manager.metrics, manager.log, manager.clock, trace_context)
@@ -207,8 +207,12 @@ class ActiveRequest:
         )
         link.ask(query, self)
 
-    def check_route_limit(self, now: float) -> None:
-        """Give up a question no router answers."""
+    def check_limits(self, now: float) -> None:
+        """Give up a request past its deadline, and a question no router answers. Called every second: the default deadline needs no timer
+        of its own, which would cost every request something."""
+        if now >= self._deadline:
+            self._on_deadline()
+            return
         if self._query is not None and now - self._query_at >= self._manager.settings.route_limit_s:
             self._withdraw()
             self._do(self.request.refused(self.request.attempt, "OVERLOADED", "no placement in time", 0, now))

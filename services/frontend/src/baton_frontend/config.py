@@ -33,6 +33,7 @@ class FrontendConfig(CommonConfig):
     max_attempts: placements of one request that may fail.
     new_patience_s: how long a request that never ran keeps asking while it is refused.
     resume_patience_s: how long one that did keeps asking.
+    default_deadline_s: from admission to the end of a request that does not give `baton.deadline_s`; its stream then ends with an error.
     route_limit_s: how long a question to a router may stay unanswered.
     """
 
@@ -56,6 +57,7 @@ class FrontendConfig(CommonConfig):
     max_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 8
     new_patience_s: _Seconds = 2.0
     resume_patience_s: _Seconds = 30.0
+    default_deadline_s: Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)] = 600.0
     route_limit_s: _Seconds = 600.0
 
     def __post_init__(self) -> None:

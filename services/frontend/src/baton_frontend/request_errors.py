@@ -1,6 +1,8 @@
 """Ends of a request that only the frontend knows.
 
 BatonError
+|- DeadlineExceeded
+|  `- DeadlinePassed      DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    no
 |- EngineCrash            ENGINE_CRASH        INTERNAL             no
 |- QueueFull
 |  |- AdmissionFull       ADMISSION_FULL      RESOURCE_EXHAUSTED   yes
@@ -10,7 +12,15 @@ BatonError
 """
 
 import grpc
-from baton_runtime.errors import BatonError, QueueFull, Unavailable
+from baton_runtime.errors import BatonError, DeadlineExceeded, QueueFull, Unavailable
+
+
+class DeadlinePassed(DeadlineExceeded):
+    """The time of the whole request is over; what was delivered stays delivered."""
+
+    def __init__(self, deadline_s: float, setting: str) -> None:
+        """setting: which one said so: "baton.deadline_s" of the request, or "frontend.default_deadline_s"."""
+        super().__init__(f"the request was not finished within {deadline_s:g} s ({setting}); ask for less or give it more time")
 
 
 class EngineCrash(BatonError):

@@ -25,7 +25,7 @@ from baton_frontend.route_client import RouteClient
 from baton_frontend.workers import Workers
 
 TICK_S = 0.05
-ROUTE_LIMIT_CHECK_S = 1.0
+LIMITS_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class RequestManager:
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._next_route_check = 0.0
+        self._next_limits_check = 0.0
         workers.observer = self
 
     # --- Generator
@@ -146,10 +146,10 @@ class RequestManager:
         self.routes.tick(now)
         for active, ask in self._pacer.tick():
             active.ask_now(ask)
-        if now >= self._next_route_check:
-            self._next_route_check = now + ROUTE_LIMIT_CHECK_S
+        if now >= self._next_limits_check:
+            self._next_limits_check = now + LIMITS_CHECK_S
             for active in list(self._active.values()):
-                active.check_route_limit(now)
+                active.check_limits(now)
             self._observe()
 
     def _observe(self) -> None:

@@ -193,6 +193,9 @@ def _manager_settings(config: FrontendConfig) -> ManagerSettings:
         resumes_per_tick=config.resumes_per_tick,
         route_limit_s=config.route_limit_s,
         limits=RequestLimits(
-            max_attempts=config.max_attempts, new_patience_s=config.new_patience_s, resume_patience_s=config.resume_patience_s
+            max_attempts=config.max_attempts,
+            new_patience_s=config.new_patience_s,
+            resume_patience_s=config.resume_patience_s,
+            deadline_s=config.default_deadline_s,
         ),
     )
