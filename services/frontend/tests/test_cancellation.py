@@ -151,6 +151,16 @@ async def test_a_request_that_names_no_deadline_has_the_default_one() -> None:
         await worker.close()
 
 
+async def test_the_time_from_a_cancel_to_the_end_at_the_worker_is_measured(fleet: Fleet) -> None:
+    sink, handle = fleet.bench.submit(max_tokens=1000)
+    await sink.until(lambda: len(sink.tokens) >= 5)
+    handle.cancel()
+    await fleet.is_clean(sink, handle)
+    value = fleet.bench.registry.get_sample_value
+    assert value("baton_cancel_to_end_seconds_count") == 1  # prefill's side had ended before
+    assert 0 < (value("baton_cancel_to_end_seconds_sum") or 0) < 1
+
+
 async def test_closing_frontend_ends_everything(fleet: Fleet) -> None:
     submitted = [fleet.bench.submit(max_tokens=1000) for _ in range(20)]
     for sink, _ in submitted:

@@ -52,6 +52,12 @@ class FrontendMetrics:
             buckets=_CANCEL_SECONDS,
             registry=registry,
         )
+        self.cancel_to_end = Histogram(
+            "baton_cancel_to_end_seconds",
+            "From the end of an attempt (its client left, a stop string, ...) to its worker saying that it is over and holds nothing.",
+            buckets=_CANCEL_SECONDS,
+            registry=registry,
+        )
         self.attached_workers = Gauge("baton_attached_workers", "Workers with a live Attach stream.", registry=registry)
         self.live_routers = Gauge("baton_live_routers", "Routers with a live Route stream.", registry=registry)
         self.paced_asks = Gauge("baton_paced_asks", "Questions held back so that resumes go first.", registry=registry)

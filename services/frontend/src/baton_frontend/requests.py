@@ -215,3 +215,7 @@ class RequestManager:
     def on_cancel_sent(self, waited_s: float) -> None:
         """See `WorkersObserver`."""
         self.metrics.cancel_to_sent.observe(waited_s)
+
+    def on_cancelled_end(self, waited_s: float) -> None:
+        """See `WorkersObserver`."""
+        self.metrics.cancel_to_end.observe(waited_s)
