@@ -178,6 +178,9 @@ async def test_end_is_one_log_line_and_the_metrics(bench: Bench, worker: FakeWor
     assert 0 < line["ttft_ms"] <= line["duration_ms"]
     assert line["tpot_ms"] > 0
     assert line["exposed_handoff_ms"] == 0
+    phases = [line[name] for name in ("route_ms", "queue_ms", "prefill_ms", "stream_ms")]
+    assert sum(phases) == pytest.approx(line["duration_ms"], abs=0.01)
+    assert (line["pull_ms"], line["first_step_ms"]) == (None, None)
     assert bench.registry.get_sample_value("baton_requests_total", {"outcome": "length"}) == 1
     of_class = {"model": "m", "class": "interactive"}
     assert bench.registry.get_sample_value("baton_output_tokens_total", of_class) == 5

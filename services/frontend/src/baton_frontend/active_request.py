@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from baton_contracts.router.v1 import router_service_pb2 as router_pb2
@@ -76,7 +77,9 @@ class ActiveRequest:
         self._deadline = manager.clock() + self.request.deadline_s
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._wake_timer: asyncio.TimerHandle | None = None
-        self._report = RequestReport(request_id, generation, manager.tracer, manager.metrics, manager.log, manager.clock, trace_context)
+        self._report = RequestReport(
+            request_id, generation, manager.tracer, manager.metrics, manager.log, manager.clock, trace_context, manager.tail
+        )
 
     # --- GenerationHandle
 
@@ -271,6 +274,7 @@ class ActiveRequest:
     def _start(self, action: StartAttempt) -> list[Action]:
         """Start to decode, then to prefill. Returns what follows if one of them cannot take it."""
         now = self._manager.clock()
+        self._report.on_start(now, is_pair=action.placement.prefill is not None)
         for role in (Role.DECODE, Role.PREFILL):
             target = action.placement.target(role)
             if target is None:
@@ -319,7 +323,9 @@ class ActiveRequest:
         self._deadline_timer = self._wake_timer = None
         self._stop()
         self._manager.ended(self)
-        self._report.close(end, self._placement, self.request.attempt)
+        budget = self._report.close(end, self._placement, self.request.attempt, self.request.times)
+        if self._generation.wants_latency_budget:
+            end = replace(end, latency_budget=budget)
         try:
             self._sink.on_end(end)
         except Exception:

@@ -33,6 +33,9 @@ class FrontendConfig(CommonConfig):
     max_attempts: placements of one request that may fail.
     new_patience_s: how long a request that never ran keeps asking while it is refused.
     resume_patience_s: how long one that did keeps asking.
+    trace_slow_ttft_s: a request that took longer to its first token (or to its end without one) is traced though not sampled.
+    trace_slow_tpot_s: the same for its time per output token.
+    trace_late_per_s: so many traces are kept afterwards per second (errors, resumed, slow); 0: none.
     default_deadline_s: from admission to the end of a request that does not give `baton.deadline_s`; its stream then ends with an error.
     route_limit_s: how long a question to a router may stay unanswered.
     """
@@ -57,6 +60,9 @@ class FrontendConfig(CommonConfig):
     max_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 8
     new_patience_s: _Seconds = 2.0
     resume_patience_s: _Seconds = 30.0
+    trace_slow_ttft_s: _Seconds = 5.0
+    trace_slow_tpot_s: _Seconds = 0.25
+    trace_late_per_s: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 50
     default_deadline_s: Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)] = 600.0
     route_limit_s: _Seconds = 600.0
 

@@ -92,6 +92,12 @@ class FrontendMetrics:
         self.tokens_per_event = HotHistogram(
             "baton_tokens_per_event", "Tokens that came together from a worker, and go out as one event.", by_class, _TOKENS, registry
         )
+        self.late_traces = Counter(
+            "baton_late_traces",
+            "Traces exported though head sampling left them out, by why; dropped: too many.",
+            ("why",),
+            registry=registry,
+        )
         self._of_class: dict[tuple[str, bool], ClassMetrics] = {}  # models are few: admission takes only known ones
         self.http_requests = Counter("baton_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=registry)
 
@@ -110,6 +116,9 @@ class FrontendMetrics:
         """See `Admission`."""
         self.admission_refusals.labels(setting).inc()
 
+    def on_late_trace(self, why: str) -> None:
+        """See `TailSampling`."""
+        self.late_traces.labels(why).inc()
 
     def on_refused(self, reason: str) -> None:
         """A generation was refused at admission."""

@@ -16,6 +16,7 @@ from baton_runtime.log import get_logger
 from baton_runtime.telemetry import context_from, traceparent
 from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.util.types import AttributeValue
 
 from baton_frontend.admission import Admission
 from baton_frontend.event_writer import DirectResponse, EventWriter
@@ -26,6 +27,7 @@ from baton_frontend.openai_errors import ApiError, from_baton_error
 from baton_frontend.openai_format import Endpoint, ResponseFormat
 from baton_frontend.openai_schema import parse_chat, parse_completion
 from baton_frontend.sinks import Call, CollectingSink, StreamSink, finish_stream
+from baton_frontend.tail_sampling import TailSampling
 
 log = get_logger(__name__)
 CLIENT_CLOSED_REQUEST = 499
@@ -63,6 +65,11 @@ class HttpRecord:
     traceparent: str = ""  # of the call's span; empty without tracing
     body_bytes: int = 0  # taken from the admission, given back at the end
 
+    @property
+    def prepare_s(self) -> float:
+        """From the head of the call to its admission: reading, parsing, rendering, tokenizing."""
+        return 0.0 if self.prepared_at is None else self.prepared_at - self.started_at
+
     def headers(self) -> dict[str, str]:
         """By which the call is found again in logs and traces."""
         ids = {"X-Request-Id": self.request_id or secrets.token_hex(8)}
@@ -94,15 +101,20 @@ class OpenAIHandlers:
         *,
         admission: Admission | None = None,
         tracer: trace.Tracer | None = None,
+        tail: TailSampling | None = None,
         observer: HttpObserver | None = None,
         is_ready: Callable[[], bool] | None = None,
     ) -> None:
-        """is_ready: whether new work would be taken (default: some model is served)."""
+        """admission: the one of the generator. tail: of traces that are not sampled.
+
+        is_ready: whether new work would be taken (default: some model is served).
+        """
         self._generator = generator
         self._registry = registry
         self._settings = settings
         self._admission = admission if admission is not None else Admission()
         self._tracer = tracer if tracer is not None else trace.NoOpTracer()
+        self._tail = tail
         self._observer = observer if observer is not None else NoObserver()
         self._is_ready = is_ready if is_ready is not None else lambda: bool(generator.models())
         self._started_at = int(time.time())
@@ -194,8 +206,12 @@ class OpenAIHandlers:
             record.ended_at = time.monotonic()
             self._admission.give_bytes(record.body_bytes)
             span.set_attribute(semconv.HTTP_RESPONSE_STATUS_CODE, record.status)
+            if record.prepared_at is not None and span.is_recording():
+                span.set_attribute(semconv.BATON_BUDGET_PREPARE_MS, round(record.prepare_s * 1000, 3))
             if record.error_code is not None:
                 span.set_attribute(semconv.ERROR_TYPE, record.error_code)
+            if self._tail is not None and not span.is_recording() and self._tail.call_over(span, record.status):
+                _emit_late(self._tail, span, request, record)
             span.end()
             self._observer.on_call_end(record)
 
@@ -254,7 +270,7 @@ class OpenAIHandlers:
             call.forget()
         if call.failure is not None:
             raise call.failure
-        form = _format(planned, call)
+        form = _format(planned, call, record)
         extra: dict[str, object] = {}
         if planned.body.return_token_ids and planned.endpoint == "chat":
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
@@ -272,7 +288,7 @@ class OpenAIHandlers:
         try:
             # The generator calls no sink from inside submit, so there is time to bind them to their writer.
             call.submit(self._generator, sinks, context)
-            form = _format(planned, call)
+            form = _format(planned, call, record)
             record.request_id = call.response_id
             writer = self._open_writer(request, call, record)
             call.on_ended = partial(finish_stream, call, writer, form)
@@ -309,7 +325,7 @@ class OpenAIHandlers:
                         sink.flush()
 
 
-def _format(planned: PlannedCall, call: Call) -> ResponseFormat:
+def _format(planned: PlannedCall, call: Call, record: HttpRecord) -> ResponseFormat:
     options = planned.body.stream_options
     return ResponseFormat(
         planned.endpoint,
@@ -317,6 +333,7 @@ def _format(planned: PlannedCall, call: Call) -> ResponseFormat:
         int(time.time()),
         planned.generations[0].model,
         has_usage=options is not None and bool(options.include_usage),
+        prepare_s=record.prepare_s,
     )
 
 
@@ -331,6 +348,22 @@ def _note(record: HttpRecord, call: Call) -> None:
 def _request_id() -> dict[str, str]:
     """Of what is no call of a model."""
     return {"X-Request-Id": secrets.token_hex(8)}
+
+
+def _emit_late(tail: TailSampling, span: trace.Span, request: web.Request, record: HttpRecord) -> None:
+    """The call's span, not recorded while it ran."""
+    attributes: dict[str, AttributeValue] = {
+        semconv.HTTP_REQUEST_METHOD: "POST",
+        semconv.HTTP_ROUTE: record.route,
+        semconv.HTTP_RESPONSE_STATUS_CODE: record.status,
+        semconv.BATON_BUDGET_PREPARE_MS: round(record.prepare_s * 1000, 3),
+    }
+    if record.error_code is not None:
+        attributes[semconv.ERROR_TYPE] = record.error_code
+    parent = trace.get_current_span(context_from(request.headers.get("traceparent", ""))).get_span_context()
+    error = f"HTTP {record.status}" if record.status >= 500 else ""
+    duration_s = record.ended_at - record.started_at
+    tail.emit(span, f"POST {record.route}", trace.SpanKind.SERVER, parent, duration_s, attributes, error=error)
 
 
 def _json(content: object, status: int = 200) -> web.Response:

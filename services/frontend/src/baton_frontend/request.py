@@ -13,6 +13,7 @@ from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb2
 from baton_runtime.errors import BatonError, InvalidArgument, Unavailable
 
 from baton_frontend.generation import EndReason, Generation, GenerationEnd
+from baton_frontend.latency_budget import PhaseTimes
 from baton_frontend.placement import Action, Ask, End, Placement, ReportPathDown, Role, StartAttempt, StopAttempt, Wake, Withdraw
 from baton_frontend.request_errors import AttemptsExhausted, DeadlinePassed, EngineCrash, Overloaded
 
@@ -83,6 +84,7 @@ class Request:
         "phase",
         "placement",
         "resumed",
+        "times",
     )
 
     def __init__(self, generation: Generation, limits: RequestLimits) -> None:
@@ -94,6 +96,7 @@ class Request:
         self.placement: Placement | None = None
         self.output = array("I")  # delivered tokens
         self.first_position = 0  # first output position of this attempt
+        self.times = PhaseTimes()  # of the last attempt that began without any token
         self.has_started = False  # some attempt was placed
         self.resumed = 0
         self._open: set[Role] = set()  # sides of this attempt that have not ended
@@ -141,6 +144,8 @@ class Request:
         self.phase, self.placement = Phase.RUNNING, placement
         self._open = {Role.DECODE} if placement.prefill is None else {Role.DECODE, Role.PREFILL}
         self.first_position = len(self.output)
+        if self.has_started and not self.output:
+            self.times = PhaseTimes()
         self.has_started = True
         return [StartAttempt(attempt, placement)]
 
@@ -299,6 +304,11 @@ class Request:
         if not finished.HasField("usage"):
             return
         self._exposed_handoff_us += finished.usage.exposed_handoff_us
+        if self.first_position == 0:
+            if role is Role.PREFILL:
+                self.times.prefill_queue_us = finished.usage.queue_us
+            else:
+                self.times.decode_queue_us, self.times.handoff_us = finished.usage.queue_us, finished.usage.exposed_handoff_us
         if self._cached_tokens is None or (role is Role.DECODE and self.resumed == 0):
             self._cached_tokens = finished.usage.cached_tokens
 

@@ -22,6 +22,7 @@ from baton_frontend.pacing import Pacer
 from baton_frontend.placement import Ask, Placement
 from baton_frontend.request import RequestLimits
 from baton_frontend.route_client import RouteClient
+from baton_frontend.tail_sampling import TailSampling
 from baton_frontend.workers import Workers
 
 TICK_S = 0.05
@@ -53,11 +54,13 @@ class RequestManager:
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle],
         forget: Callable[[instance_pb2.Instance], object] = lambda _: None,
+        tail: TailSampling | None = None,
     ) -> None:
-        """forget: told of workers whose record and stream are both gone."""
+        """forget: told of workers whose record and stream are both gone. tail: of traces that are not sampled."""
         self.workers = workers
         self.routes = routes
         self.tracer = tracer
+        self.tail = tail
         self.metrics = metrics
         self.admission = admission
         self.settings = settings

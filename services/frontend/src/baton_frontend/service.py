@@ -26,6 +26,7 @@ from baton_frontend.openai_http import HttpSettings, OpenAIHandlers
 from baton_frontend.request import RequestLimits
 from baton_frontend.requests import ManagerSettings, RequestManager
 from baton_frontend.route_client import RouteClient
+from baton_frontend.tail_sampling import TailLimits, TailSampling
 from baton_frontend.tokenizer import WorkPool
 from baton_frontend.workers import Workers
 
@@ -112,6 +113,7 @@ class FrontendService(Service):
             clock=time.monotonic,
             call_later=asyncio.get_running_loop().call_later,
             forget=view.forget,
+            tail=_tail(self.config, telemetry, metrics),
         )
         self.closing.callback(view.subscribe(update))
         self.tasks.create_task(manager.run(), name="requests")
@@ -144,6 +146,7 @@ class FrontendService(Service):
             registry,
             settings,
             admission=manager.admission,
+            tail=manager.tail,
             tracer=telemetry.tracer,
             observer=metrics,
             is_ready=lambda: manager.is_ready,
@@ -177,6 +180,13 @@ class FrontendService(Service):
             pid=os.getpid(),
             zone=self.config.zone,
         )
+
+
+def _tail(config: FrontendConfig, telemetry: Telemetry, metrics: FrontendMetrics) -> TailSampling | None:
+    if telemetry.late is None:
+        return None  # nothing is exported
+    limits = TailLimits(config.trace_slow_ttft_s, config.trace_slow_tpot_s, config.trace_late_per_s)
+    return TailSampling(telemetry.late, limits, time.monotonic, metrics.on_late_trace)
 
 
 def _admission_limits(config: FrontendConfig) -> AdmissionLimits:
