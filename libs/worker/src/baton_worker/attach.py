@@ -9,6 +9,7 @@ catches up. Contract: proto/baton/worker/v1/worker_service.proto; docs/worker.md
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -298,15 +299,15 @@ class FrontendSession:
 
     # ---- down: what becomes of the sequences
 
-    def append(self, log: OutputLog, position: int, token_id: int) -> None:
-        """A token was drawn. A position out of order is the engine's fault and ends the sequence with ENGINE_ERROR."""
+    def append(self, log: OutputLog, position: int, token_ids: Sequence[int]) -> None:
+        """Tokens were drawn. A position out of order is the engine's fault and ends the sequence with ENGINE_ERROR."""
         if log.is_cancelled:
             return
         if position != log.end:
             return self._end_live(log, pb.FINISH_REASON_ENGINE_ERROR)
         if position == log.start:
             self._control.first_token(log.key)
-        log.append(token_id)
+        log.append(token_ids)
         self._dirty[log] = None
         if log.end - log.sent >= self._limits.ahead_tokens and not log.is_paused:
             log.is_paused = True

@@ -16,6 +16,7 @@ from baton_contracts.worker.v1 import worker_service_pb2_grpc as worker_grpc
 from baton_runtime.log import get_logger
 from baton_runtime.rpc import open_channel
 
+from baton_frontend.generation import ModelInfo
 from baton_frontend.lanes import Lane, LaneOwner, LaneTable
 from baton_frontend.placement import Role
 from baton_frontend.stream_io import StreamBroken, is_refused, is_task_cancelled, read_message, release_frames, write_message
@@ -81,6 +82,7 @@ class AttachClient:
         self.incarnation = incarnation
         self.address = address
         self.instance: instance_pb2.Instance | None = None  # its record; None: known only from a placement
+        self.decodes: ModelInfo | None = None  # the model of its record, if it decodes
         self.is_listed = False  # discovery shows it now
         self.is_attached = False
         self.is_fenced = False

@@ -19,7 +19,7 @@ from opentelemetry.context import Context
 from opentelemetry.util.types import AttributeValue
 
 from baton_frontend.admission import Admission
-from baton_frontend.event_writer import DirectResponse, EventWriter
+from baton_frontend.event_writer import DirectResponse, EventWriter, write_json
 from baton_frontend.generation import Generator, ModelInfo
 from baton_frontend.model_registry import LoadedModel, ModelRegistry
 from baton_frontend.openai_calls import PlannedCall, plan_chat, plan_completion
@@ -74,6 +74,10 @@ class HttpRecord:
         """By which the call is found again in logs and traces."""
         ids = {"X-Request-Id": self.request_id or secrets.token_hex(8)}
         return {**ids, "traceparent": self.traceparent} if self.traceparent else ids
+
+    def header_lines(self) -> bytes:
+        """As `headers`, each ended by CRLF."""
+        return "".join([f"{name}: {value}\r\n" for name, value in self.headers().items()]).encode()
 
 
 class HttpObserver(Protocol):
@@ -168,12 +172,12 @@ class OpenAIHandlers:
         }
 
     def _find(self, name: str) -> ModelInfo:
-        models = {info.served_name: info for info in self._generator.models()}
-        if (info := models.get(name)) is not None:
+        if (info := self._generator.model(name)) is not None:
             return info
+        models = self._generator.models()
         if not models:
             raise ApiError(503, "no model is served now: no worker has registered yet", code="no_model", retry_after_ms=1000)
-        known = ", ".join(sorted(models))
+        known = ", ".join(sorted(info.served_name for info in models))
         raise ApiError(404, f"model {name!r} does not exist; served: {known}", param="model", code="model_not_found")
 
     async def _answer(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
@@ -238,17 +242,24 @@ class OpenAIHandlers:
         """The body, held against the bound on bytes before it is read; without a length (chunked, compressed) as it comes."""
         limit = self._settings.max_body_bytes
         self._hold_body(record, request.content_length or 0, limit)
-        body = bytearray()
         try:
+            if request.content.is_eof():  # all of it is here: the usual case
+                body = request.content.read_nowait()
+                self._hold_body(record, len(body), limit)
+                return body
             async with asyncio.timeout(self._settings.body_timeout_s):
-                async for part in request.content.iter_any():
-                    body += part
-                    self._hold_body(record, len(body), limit)
-                return bytes(body)
+                return await self._read_parts(request, record, limit)
         except TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {self._settings.body_timeout_s:g} s", code="body_timeout") from error
         except (web.RequestPayloadError, web.HTTPBadRequest) as error:
             raise ApiError(400, "the body could not be read; check its length and encoding", code="invalid_body") from error
+
+    async def _read_parts(self, request: web.Request, record: HttpRecord, limit: int) -> bytes:
+        body = bytearray()
+        async for part in request.content.iter_any():
+            body += part
+            self._hold_body(record, len(body), limit)
+        return bytes(body)
 
     def _hold_body(self, record: HttpRecord, num_bytes: int, limit: int) -> None:
         if num_bytes > limit:
@@ -257,7 +268,7 @@ class OpenAIHandlers:
             self._admission.take_bytes(num_bytes - record.body_bytes)
             record.body_bytes = num_bytes
 
-    async def _collect(self, _: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
+    async def _collect(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
         sinks = [CollectingSink(call, generation, planned.new_text(generation)) for generation in planned.generations]
         try:
@@ -276,7 +287,7 @@ class OpenAIHandlers:
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
         choices = [sink.as_json(index, form, planned.loaded.names) for index, sink in enumerate(sinks)]
         body = form.response(choices, usage, resumed, extra)
-        return web.Response(body=body, content_type="application/json", headers=record.headers())
+        return write_json(request, body, record.header_lines())
 
     async def _stream(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
@@ -311,8 +322,7 @@ class OpenAIHandlers:
             call.wake()
 
         limit = self._settings.slow_reader_limit_bytes
-        headers = "".join(f"{name}: {value}\r\n" for name, value in record.headers().items()).encode()
-        return EventWriter(request, headers, self._admission, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
+        return EventWriter(request, record.header_lines(), self._admission, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
 
     async def _follow(self, call: Call, writer: EventWriter, sinks: list[StreamSink]) -> None:
         """Wait for the end; the sinks write by themselves unless the reader is slow."""

@@ -78,6 +78,7 @@ class RequestManager:
         self._idle = asyncio.Event()
         self._idle.set()
         self._next_limits_check = 0.0
+        metrics.inflight.set_function(lambda: len(self._active))
         workers.observer = self
 
     # --- Generator
@@ -95,9 +96,12 @@ class RequestManager:
         active = ActiveRequest(self, request_id, generation, seed, model, sink, trace_context)
         self._active[request_id] = active
         self._idle.clear()
-        self.metrics.inflight.set(len(self._active))
         active.begin()
         return active
+
+    def model(self, served_name: str) -> ModelInfo | None:
+        """See `Generator`."""
+        return self.workers.model(served_name)
 
     def models(self) -> list[ModelInfo]:
         """See `Generator`."""
@@ -171,7 +175,6 @@ class RequestManager:
         """A request is over."""
         if self._active.pop(active.request_id, None) is not None:
             self.admission.leave(active.generation.num_tokens)
-        self.metrics.inflight.set(len(self._active))
         if not self._active:
             self._idle.set()
 
