@@ -34,9 +34,12 @@ class DirectResponse(web.StreamResponse):
         self._req = request
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing to send."""
+        """Nothing to send. The connection's next request waits until the client has taken most of this answer: one that sends and never
+        reads would fill our memory."""
+        request, self._req = self._req, None
         self._eof_sent = True
-        self._req = None
+        if request is not None:
+            await request.writer.drain()
 
 
 def write_json(request: web.Request, body: bytes, headers: bytes) -> DirectResponse:
