@@ -4,8 +4,9 @@ from collections.abc import Sequence
 import pytest
 from baton_runtime import semconv, telemetry
 from baton_runtime.children import free_port
-from baton_runtime.telemetry import Telemetry, configure_telemetry, context_from, traceparent
+from baton_runtime.telemetry import Telemetry, configure_telemetry, context_from, start_child, traceparent, traceparent_of
 from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -40,6 +41,39 @@ async def test_parents_decision_is_kept() -> None:
         assert traceparent().endswith("-00")
     await tracing_all.close()
     assert exporter.get_finished_spans() == ()
+
+
+@pytest.mark.parametrize("parent", [UNSAMPLED, SAMPLED, ""])
+async def test_a_child_is_sampled_exactly_if_its_parent_is(parent: str) -> None:
+    exporter = InMemorySpanExporter()
+    tracing_all = tracing(exporter)
+    child = start_child(tracing_all.tracer, "a", context_from(parent), trace.SpanKind.CLIENT)
+    child.end()
+    await tracing_all.close()
+    assert len(exporter.get_finished_spans()) == (parent != UNSAMPLED)
+    assert telemetry.is_sampled(traceparent_of(child)) == (parent != UNSAMPLED)
+    if parent:
+        assert traceparent_of(child)[:36] == parent[:36]
+        assert traceparent_of(child)[36:52] != parent[36:52]
+
+
+async def test_a_span_left_out_can_be_exported_at_its_end_under_its_own_ids() -> None:
+    exporter = InMemorySpanExporter()
+    unsampled = tracing(exporter, ratio=0.0)
+    parent = context_from(UNSAMPLED)
+    with unsampled.tracer.start_as_current_span("a", context=parent) as span:
+        assert unsampled.late is not None
+        parent_span = trace.get_current_span(parent).get_span_context()
+        unsampled.late.emit(span, "a", trace.SpanKind.SERVER, parent_span, 2.0, {"n": 1}, error="it broke", event_ago_s=0.5)
+    await unsampled.close()
+    (late,) = exporter.get_finished_spans()
+    assert late.context.span_id == span.get_span_context().span_id
+    assert late.parent == parent_span
+    assert (late.attributes, late.status.description) == ({"n": 1}, "it broke")
+    assert late.resource.attributes["service.name"] == "baton-router"
+    assert (late.start_time or 0) + 2_000_000_000 == late.end_time
+    assert encode_spans((late,)).resource_spans[0].scope_spans[0].spans[0].name == "a"
+    assert [late.end_time - event.timestamp for event in late.events] == [500_000_000]
 
 
 async def test_without_export_a_traceparent_goes_on_and_none_starts() -> None:

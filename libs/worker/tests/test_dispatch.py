@@ -9,6 +9,7 @@ from baton_handoff.ids import EndReason as HandoffEndReason
 from baton_handoff.ids import FailureCause, FetchEnd, FetchHint, FetchOutcome, HandoffEnd, PeerRef
 from baton_runtime.errors import Draining, InvalidArgument, QueueFull
 from baton_runtime.telemetry import configure_telemetry
+from baton_worker import dispatch
 from baton_worker.dispatch import Dispatcher
 from baton_worker.metrics import WorkerMetrics
 from baton_worker.starts import StartLimits
@@ -195,6 +196,17 @@ def test_deadline_of_an_ended_attempt_does_nothing(rig: Rig) -> None:
     rig.ended(EndReason.STOP)
     rig.dispatcher.tick(200.0)
     assert rig.engine.cancelled == []
+
+
+def test_deadlines_of_ended_attempts_are_not_kept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "SPARE_DEADLINES", 10)
+    rig.start(deadline_ms=1000)
+    for number in range(100):
+        rig.start(request_id=f"g-{number}", deadline_ms=600_000)
+        rig.step(rig.engine.ended(SequenceKey(f"g-{number}", 1), EndReason.STOP))
+    assert len(rig.dispatcher._deadlines) <= 14
+    rig.dispatcher.tick(101.0)
+    assert rig.engine.cancelled == [KEY]
 
 
 def test_draining_refuses_new_work_and_hands_the_rest_back_as_preempted(rig: Rig) -> None:

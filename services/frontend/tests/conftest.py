@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import uvloop
+from baton_frontend.admission import Admission, AdmissionLimits
+from baton_frontend.connections import ConnectionLimits
 from baton_frontend.http_server import HttpServer
 from baton_frontend.model_registry import ModelRegistry
 from baton_frontend.openai_http import HttpRecord, HttpSettings, OpenAIHandlers
@@ -53,6 +55,8 @@ class Served:
     generator: FakeGenerator
     records: Records
     pool: WorkPool
+    admission: Admission
+    server: HttpServer
 
     @property
     def url(self) -> str:
@@ -65,26 +69,30 @@ Serve = Callable[..., AbstractAsyncContextManager[Served]]
 
 @pytest.fixture
 def serve(model_folder: Path) -> Serve:
-    """Starts a server; keyword arguments go to FakeGenerator, `settings` to the handlers, `folder` and `max_model_tokens` to the model."""
+    """Starts a server; keyword arguments go to FakeGenerator, `settings` and `limits` to the handlers,
+    `connections` to the server, `folder` and `max_model_tokens` to the model."""
 
     @asynccontextmanager
     async def start(
         *,
         settings: HttpSettings | None = None,
+        limits: AdmissionLimits | None = None,
+        connections: ConnectionLimits | None = None,
         folder: Path | None = None,
         max_model_tokens: int = 256,
         is_served: bool = True,
+        exposition: bytes = b"up 1\n",
         **options: Any,
     ) -> AsyncIterator[Served]:
         settings = settings or HttpSettings()
         infos = [model_info(folder or model_folder, max_model_tokens=max_model_tokens)] if is_served else []
-        generator, records = FakeGenerator(infos, **options), Records()
+        generator, records, admission = FakeGenerator(infos, **options), Records(), Admission(limits)
         with WorkPool(num_threads=1) as pool:
-            handlers = OpenAIHandlers(generator, ModelRegistry(pool), settings, observer=records)
-            server = HttpServer(handlers, settings, metrics=lambda: b"up 1\n", close_timeout_s=1.0)
+            handlers = OpenAIHandlers(generator, ModelRegistry(pool), settings, admission=admission, observer=records)
+            server = HttpServer(handlers, connections, metrics=lambda: exposition, close_timeout_s=1.0)
             address = await server.start("127.0.0.1:0")
             try:
-                yield Served(address, generator, records, pool)
+                yield Served(address, generator, records, pool, admission, server)
             finally:
                 await server.close()
 

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 from baton_contracts.router.v1 import router_service_pb2 as router_pb2
 from baton_frontend.active_request import ActiveRequest
+from baton_frontend.request import RequestLimits
+from baton_frontend.requests import ManagerSettings
 from baton_frontend.testing_bench import Bench, RecordingSink, running_bench, until
 from baton_frontend.testing_workers import FakeRouter, FakeWorker, expected_output, placed_on
 from baton_runtime.errors import DeadlineExceeded
@@ -130,8 +132,33 @@ async def test_deadline_ends_it_everywhere(fleet: Fleet) -> None:
     sink, handle = fleet.bench.submit(max_tokens=100_000, deadline_s=0.2)
     end = await sink.end()
     assert isinstance(end.error, DeadlineExceeded)
+    assert "0.2 s (baton.deadline_s)" in str(end.error)
     assert 0 < fleet.decode.starts[0].deadline_ms <= 200
     await fleet.is_clean(sink, handle)
+
+
+async def test_a_request_that_names_no_deadline_has_the_default_one() -> None:
+    async with running_bench(ManagerSettings(limits=RequestLimits(deadline_s=0.1))) as bench:
+        worker = await FakeWorker("decode-0", "d0").open()
+        await bench.ready(worker)
+        sink, _ = bench.submit(max_tokens=100_000)
+        end = await sink.end()
+        assert isinstance(end.error, DeadlineExceeded)
+        assert "0.1 s (frontend.default_deadline_s)" in str(end.error)
+        assert 0 < worker.starts[0].deadline_ms <= 100
+        assert end.output_tokens == len(sink.tokens)
+        await until(lambda: not worker.sequences)
+        await worker.close()
+
+
+async def test_the_time_from_a_cancel_to_the_end_at_the_worker_is_measured(fleet: Fleet) -> None:
+    sink, handle = fleet.bench.submit(max_tokens=1000)
+    await sink.until(lambda: len(sink.tokens) >= 5)
+    handle.cancel()
+    await fleet.is_clean(sink, handle)
+    value = fleet.bench.registry.get_sample_value
+    assert value("baton_cancel_to_end_seconds_count") == 1  # prefill's side had ended before
+    assert 0 < (value("baton_cancel_to_end_seconds_sum") or 0) < 1
 
 
 async def test_closing_frontend_ends_everything(fleet: Fleet) -> None:

@@ -126,6 +126,19 @@ async def test_the_head_leaves_with_the_first_token_in_one_piece(serve: Serve) -
         assert data.count(b"data: ") == 2  # role, then the token
 
 
+async def test_answers_nobody_reads_hold_back_the_requests_behind_them(serve: Serve) -> None:
+    body = {**CHAT, "stream": False, "max_tokens": 50_000, "return_token_ids": True}
+    async with serve(max_model_tokens=100_000, tokens_per_step=100_000) as served, connect(served.address) as (_, writer):
+        writer.write(request(body) * 60)
+        await until(lambda: bool(served.generator.started))
+        num_started = 0
+        while num_started != len(served.generator.started):
+            num_started = len(served.generator.started)
+            for _ in range(500):  # turns in which the next one would be answered
+                await asyncio.sleep(0)
+        assert num_started < 60
+
+
 async def push_until_slow(started: Any, is_slow: Callable[[], bool]) -> int:
     """Push until the reader's buffers are full; returns the number of tokens."""
     async with asyncio.timeout(10):

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from baton_frontend.latency_budget import LatencyBudget
 from baton_frontend.openai_http import HttpSettings
 from baton_frontend.testing_models import word_level_tokenizer, write_model
 from baton_runtime.errors import Draining, Internal, QueueFull, Unavailable
@@ -560,3 +561,28 @@ async def test_a_model_that_cannot_be_read_is_503(serve: Serve, tmp_path: Path) 
             status, answer, _ = await post(served.url, CHAT)
             assert status == 503
             assert "tokenizer" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_each_choice_says_where_its_time_went_if_asked(serve: Serve, path: str, is_asked: bool) -> None:
+    body = {**(CHAT if "chat" in path else TEXT), "n": 2, "baton": {"latency_budget": is_asked}}
+    async with serve(is_manual=True) as served, asyncio.TaskGroup() as tasks:
+        whole = tasks.create_task(post(served.url, body, path))
+        streamed = tasks.create_task(stream(served.url, body, path))
+        await until(lambda: len(served.generator.started) == 4)
+        assert all(started.generation.wants_latency_budget == is_asked for started in served.generator.started)
+        for started in served.generator.started:
+            started.push(70)
+            route_s = 0.001 * (1 + started.generation.choice)
+            started.end("length", latency_budget=LatencyBudget(route_s, None, 0.25) if is_asked else None)
+    choices = [(await whole)[1]["choices"]]
+    choices.append([event["choices"][0] for event in await streamed if event["choices"][0]["finish_reason"]])
+    for found in choices:
+        budgets = {choice["index"]: choice.get("baton", {}).get("latency_budget") for choice in found}
+        if not is_asked:
+            assert budgets == {0: None, 1: None}
+            continue
+        assert [budgets[index]["route_ms"] for index in (0, 1)] == [1.0, 2.0]
+        assert (budgets[0]["queue_ms"], budgets[0]["prefill_ms"]) == (None, 250.0)
+        assert budgets[0]["prepare_ms"] > 0

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 import pytest
 from baton_contracts.router.v1 import router_service_pb2 as router_pb2
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb2
+from baton_frontend.admission import AdmissionLimits
 from baton_frontend.generation import Generation
 from baton_frontend.request import RequestLimits
 from baton_frontend.requests import ManagerSettings
 from baton_frontend.testing_bench import Bench, RecordingSink, running_bench
 from baton_frontend.testing_workers import FakeRouter, FakeWorker, expected_output, placed_on
-from baton_runtime.errors import Draining, NotFound, QueueFull
+from baton_runtime.errors import Draining, InvalidArgument, NotFound, QueueFull
 from baton_runtime.telemetry import configure_telemetry
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
@@ -24,7 +25,8 @@ PROMPT = array("I", [1, 2, 3])
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
     limits = RequestLimits(new_patience_s=0.3, resume_patience_s=5.0)
-    async with running_bench(ManagerSettings(max_inflight=4, resumes_per_tick=2, limits=limits)) as bench:
+    settings = ManagerSettings(resumes_per_tick=2, limits=limits)
+    async with running_bench(settings, limits=AdmissionLimits(max_inflight=4, max_inflight_tokens=1000)) as bench:
         yield bench
 
 
@@ -46,8 +48,31 @@ async def test_too_many_at_a_time_are_refused_at_once(bench: Bench, worker: Fake
     with pytest.raises(QueueFull) as refused:
         bench.submit()
     assert refused.value.retry_after_ms > 0
+    assert "4 of at most 4 requests (frontend.max_inflight)" in str(refused.value)
     await submitted[0][0].end()
     bench.submit()
+
+
+async def test_too_many_tokens_at_a_time_are_refused_at_once(bench: Bench, worker: FakeWorker) -> None:
+    first, _ = bench.submit(max_tokens=597)
+    with pytest.raises(QueueFull, match=r"600 of at most 1000 tokens \(frontend\.max_inflight_tokens\), and 403 more"):
+        bench.submit(max_tokens=400)
+    assert bench.submit(max_tokens=397)
+    await first.end()
+    assert bench.submit(max_tokens=400)
+
+
+async def test_what_never_fits_is_wrong_and_not_told_to_come_again(bench: Bench, worker: FakeWorker) -> None:
+    with pytest.raises(InvalidArgument, match="Lower max_tokens"):
+        bench.submit(max_tokens=998)
+
+
+async def test_everything_taken_at_admission_is_given_back_at_the_end(bench: Bench, worker: FakeWorker) -> None:
+    (ended, _), (_, cancelled) = bench.submit(), bench.submit(max_tokens=500)
+    cancelled.cancel()
+    await ended.end()
+    await bench.manager.wait_idle()
+    assert (bench.manager.admission.num_requests, bench.manager.admission.num_tokens) == (0, 0)
 
 
 async def test_unknown_model_is_refused_at_once(bench: Bench, worker: FakeWorker) -> None:
@@ -153,6 +178,9 @@ async def test_end_is_one_log_line_and_the_metrics(bench: Bench, worker: FakeWor
     assert 0 < line["ttft_ms"] <= line["duration_ms"]
     assert line["tpot_ms"] > 0
     assert line["exposed_handoff_ms"] == 0
+    phases = [line[name] for name in ("route_ms", "queue_ms", "prefill_ms", "stream_ms")]
+    assert sum(phases) == pytest.approx(line["duration_ms"], abs=0.01)
+    assert (line["pull_ms"], line["first_step_ms"]) == (None, None)
     assert bench.registry.get_sample_value("baton_requests_total", {"outcome": "length"}) == 1
     of_class = {"model": "m", "class": "interactive"}
     assert bench.registry.get_sample_value("baton_output_tokens_total", of_class) == 5

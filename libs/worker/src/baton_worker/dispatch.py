@@ -28,6 +28,8 @@ from baton_worker.spans import AttemptSpans
 from baton_worker.starts import CheckedStart, StartLimits, check_start
 
 # What the other side of a handoff is told, for its log.
+SPARE_DEADLINES = 1024  # of attempts that are over, kept until then
+
 _HANDOFF_CANCEL = {
     pb.FINISH_REASON_CANCELLED: "CLIENT_GONE",
     pb.FINISH_REASON_DEADLINE: "DEADLINE",
@@ -147,6 +149,10 @@ class Dispatcher:
             self._waiting_prefills[key] = checked.request.num_kv_tokens
         if checked.deadline_s is not None:
             heapq.heappush(self._deadlines, (attempt.accepted_at + checked.deadline_s, key))
+            if len(self._deadlines) > 2 * len(self._attempts) + SPARE_DEADLINES:
+                # Of attempts that ended long before their deadline: at 1,000 requests/s and 600 s they would be 600,000.
+                self._deadlines = [(at, live) for at, live in self._deadlines if live in self._attempts]
+                heapq.heapify(self._deadlines)
 
     def cancel(self, key: SequenceKey, reason: "pb.FinishReason") -> None:
         """See SequenceControl.cancel."""

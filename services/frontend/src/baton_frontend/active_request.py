@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from baton_contracts.router.v1 import router_service_pb2 as router_pb2
@@ -73,10 +74,12 @@ class ActiveRequest:
         self._query: tuple[RouterLink, int] | None = None  # open
         self._placed_by: tuple[RouterLink, int] | None = None  # whose load counts the running attempt
         self._query_at = 0.0
-        self._deadline = None if generation.deadline_s is None else manager.clock() + generation.deadline_s
+        self._deadline = manager.clock() + self.request.deadline_s
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._wake_timer: asyncio.TimerHandle | None = None
-        self._report = RequestReport(request_id, generation, manager.tracer, manager.metrics, manager.log, manager.clock, trace_context)
+        self._report = RequestReport(
+            request_id, generation, manager.tracer, manager.metrics, manager.log, manager.clock, trace_context, manager.tail
+        )
 
     # --- GenerationHandle
 
@@ -90,6 +93,11 @@ class ActiveRequest:
         self._do(self.request.cancel(self._manager.clock()))
 
     # --- life
+
+    @property
+    def generation(self) -> Generation:
+        """What was asked for."""
+        return self._generation
 
     def begin(self) -> None:
         """Admitted: ask for a place."""
@@ -202,8 +210,12 @@ class ActiveRequest:
         )
         link.ask(query, self)
 
-    def check_route_limit(self, now: float) -> None:
-        """Give up a question no router answers."""
+    def check_limits(self, now: float) -> None:
+        """Give up a request past its deadline, and a question no router answers. Called every second: the default deadline needs no timer
+        of its own, which would cost every request something."""
+        if now >= self._deadline:
+            self._on_deadline()
+            return
         if self._query is not None and now - self._query_at >= self._manager.settings.route_limit_s:
             self._withdraw()
             self._do(self.request.refused(self.request.attempt, "OVERLOADED", "no placement in time", 0, now))
@@ -262,6 +274,7 @@ class ActiveRequest:
     def _start(self, action: StartAttempt) -> list[Action]:
         """Start to decode, then to prefill. Returns what follows if one of them cannot take it."""
         now = self._manager.clock()
+        self._report.on_start(now, is_pair=action.placement.prefill is not None)
         for role in (Role.DECODE, Role.PREFILL):
             target = action.placement.target(role)
             if target is None:
@@ -310,7 +323,9 @@ class ActiveRequest:
         self._deadline_timer = self._wake_timer = None
         self._stop()
         self._manager.ended(self)
-        self._report.close(end, self._placement, self.request.attempt)
+        budget = self._report.close(end, self._placement, self.request.attempt, self.request.times)
+        if self._generation.wants_latency_budget:
+            end = replace(end, latency_budget=budget)
         try:
             self._sink.on_end(end)
         except Exception:

@@ -66,6 +66,9 @@ class AttachObserver(Protocol):
     def on_cancel_sent(self, waited_s: float) -> None:
         """A Cancel has left this process, so long after it was decided."""
 
+    def on_cancelled_end(self, waited_s: float) -> None:
+        """The worker said that a cancelled attempt is over there and holds nothing, so long after the cancel was decided."""
+
 
 class AttachClient:
     """One worker life, seen from here. `run()` keeps the stream; everything else is synchronous."""
@@ -91,7 +94,7 @@ class AttachClient:
         self._observer = observer
         self._clock = clock
         self._times = times
-        self._lanes = LaneTable()
+        self._lanes = LaneTable(on_cancelled_end=lambda lane: observer.on_cancelled_end(clock() - lane.cancelled_at))
         self._unsent: dict[int, tuple[Lane, worker_pb2.Start]] = {}
         self._cancels: list[tuple[worker_pb2.Cancel, float]] = []  # and when it was decided
         self._wake = asyncio.Event()
@@ -135,11 +138,11 @@ class AttachClient:
         """End a lane. Its slot stays taken until the worker says so or the session ends; its owner may still hear of it. Idempotent."""
         if lane.is_cancelled or self._lanes.get(lane.slot) is not lane:
             return
-        lane.is_cancelled = True
+        lane.is_cancelled, lane.cancelled_at = True, self._clock()
         if self._unsent.pop(lane.slot, None) is not None:
             self._lanes.close(lane)  # the worker never heard of it
             return
-        self._cancels.append((worker_pb2.Cancel(request_id=lane.request_id, attempt=lane.attempt), self._clock()))
+        self._cancels.append((worker_pb2.Cancel(request_id=lane.request_id, attempt=lane.attempt), lane.cancelled_at))
         self._wake.set()
 
     def tick(self, now: float) -> None:

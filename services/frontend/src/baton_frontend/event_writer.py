@@ -14,6 +14,8 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
+from baton_frontend.admission import Admission
+
 SLOW_BUFFER_BYTES = 64 * 1024  # asyncio's and uvloop's own high-water mark: pause_writing comes there too
 _SIZE_LINES = tuple(b"%x\r\n" % size for size in range(4096))
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -32,9 +34,12 @@ class DirectResponse(web.StreamResponse):
         self._req = request
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing to send."""
+        """Nothing to send. The connection's next request waits until the client has taken most of this answer: one that sends and never
+        reads would fill our memory."""
+        request, self._req = self._req, None
         self._eof_sent = True
-        self._req = None
+        if request is not None:
+            await request.writer.drain()
 
 
 def write_json(request: web.Request, body: bytes, headers: bytes) -> DirectResponse:
@@ -60,6 +65,7 @@ class EventWriter:
     """The one stream of a response. All methods but `drained` return at once and never raise."""
 
     __slots__ = (
+        "_admission",
         "_chunked",
         "_limit_bytes",
         "_on_lost",
@@ -76,14 +82,22 @@ class EventWriter:
     )
 
     def __init__(
-        self, request: web.Request, headers: bytes, *, limit_bytes: int, on_slow: Callable[[], None], on_lost: Callable[[], None]
+        self,
+        request: web.Request,
+        headers: bytes,
+        admission: Admission,
+        *,
+        limit_bytes: int,
+        on_slow: Callable[[], None],
+        on_lost: Callable[[], None],
     ) -> None:
-        """headers: header lines of ours, each ended by CRLF; they leave with the first event.
+        """headers: header lines of ours, each ended by CRLF; they leave with the first event. admission: counts the text held.
 
         limit_bytes: text held for a slow reader before it is cut off. on_slow: the writer just became slow, await
         `drained`. on_lost: the connection is gone or was cut.
         """
         self._request = request
+        self._admission = admission
         self._transport = request.transport
         self._write: Callable[[bytes], None] | None = None if self._transport is None else self._transport.write
         self._chunked = request.version >= HttpVersion11
@@ -125,9 +139,10 @@ class EventWriter:
         self.flush()
 
     def hold(self, num_bytes: int) -> None:
-        """A sink keeps this much more text because the reader is slow. Past the limit the reader is cut off."""
-        self.held_bytes += num_bytes
-        if self.held_bytes > self._limit_bytes:
+        """A sink keeps this much more text because the reader is slow. Past its limit, or that of all of them, the reader is cut off."""
+        if self.held_bytes + num_bytes <= self._limit_bytes and self._admission.try_take_bytes(num_bytes):
+            self.held_bytes += num_bytes
+        else:
             self.cut()
 
     def cut(self) -> None:
@@ -139,6 +154,7 @@ class EventWriter:
     def close(self) -> None:
         """No more events: a late one must not get into the next response of the connection. Idempotent."""
         self.is_lost = True
+        self._release()
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until the reader has taken most of what was written; cut it off after timeout_s. Then it is not slow any more.
@@ -151,6 +167,10 @@ class EventWriter:
         except (TimeoutError, ConnectionError):
             self.cut()
         self.is_slow = False
+        self._release()
+
+    def _release(self) -> None:
+        self._admission.give_bytes(self.held_bytes)
         self.held_bytes = 0
 
     def _framed(self, event: bytes) -> bytes:

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, Protocol
 from baton_runtime.errors import BatonError
 from opentelemetry.context import Context
 
+from baton_frontend.latency_budget import LatencyBudget
+
 EndReason = Literal["stop", "length", "cancelled", "failed"]
 
 
@@ -49,8 +51,14 @@ class Generation:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     interactive: bool = True  # False: batch class
-    deadline_s: float | None = None  # time left from submit on; None: none
+    deadline_s: float | None = None  # time left from submit on; None: the frontend's default
+    wants_latency_budget: bool = False  # in its end
     operation: Literal["chat", "text_completion"] = "chat"  # gen_ai.operation.name, for spans and logs
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together, at most."""
+        return len(self.prompt_token_ids) + self.max_tokens
 
 
 class TokenLogprob(NamedTuple):
@@ -73,6 +81,7 @@ class GenerationEnd:
     resumed: int = 0  # times the generation was placed again after its first token or start
     stop_token_id: int | None = None  # set with "stop" if a token ended it
     exposed_handoff_s: float = 0.0  # what handoffs added to the time to the first token, in all attempts
+    latency_budget: LatencyBudget | None = None  # where the generation asked for it
 
 
 class TokenSink(Protocol):
@@ -114,7 +123,7 @@ class Generator(Protocol):
     def submit(self, generation: Generation, sink: TokenSink, trace_context: Context | None) -> GenerationHandle:
         """Take over a generation; its end will reach the sink exactly once.
 
-        Raises: BatonError (QueueFull, Draining, Unavailable, ...): refused at once, the sink is never called.
+        Raises: BatonError (AdmissionFull, Draining, Unavailable, ...): refused at once, the sink is never called.
         """
 
     def model(self, served_name: str) -> ModelInfo | None:

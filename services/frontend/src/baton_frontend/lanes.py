@@ -1,7 +1,7 @@
 """The slots of one Attach stream: who gets what a frame says. Synchronous; the hot path of the frontend."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb2
@@ -49,7 +49,7 @@ class LaneOwner(Protocol):
 class Lane:
     """One attempt on one worker, named by a slot until the worker reported its end or its session ended."""
 
-    __slots__ = ("attempt", "is_cancelled", "is_sent", "owner", "request_id", "role", "slot")
+    __slots__ = ("attempt", "cancelled_at", "is_cancelled", "is_sent", "owner", "request_id", "role", "slot")
 
     def __init__(self, slot: int, owner: LaneOwner, request_id: str, attempt: int, role: Role) -> None:
         self.slot = slot
@@ -59,12 +59,15 @@ class Lane:
         self.role = role
         self.is_sent = False  # the Start is in a message that was given to the stream
         self.is_cancelled = False
+        self.cancelled_at = 0.0  # by the clock of the stream
 
 
 class LaneTable:
     """Slots of one worker. A dict by the whole slot: one look-up also checks the generation."""
 
-    def __init__(self, max_lanes: int = _MAX_INDEX) -> None:
+    def __init__(self, max_lanes: int = _MAX_INDEX, on_cancelled_end: Callable[[Lane], None] = lambda lane: None) -> None:
+        """on_cancelled_end: told of each cancelled lane whose end the worker has reported."""
+        self._on_cancelled_end = on_cancelled_end
         self._max_lanes = min(max_lanes, _MAX_INDEX)
         self._lanes: dict[int, Lane] = {}
         self._generations: list[int] = []
@@ -112,6 +115,8 @@ class LaneTable:
             lane = self._lanes.get(finished.slot)
             if lane is not None:
                 self.close(lane)
+                if lane.is_cancelled:
+                    self._on_cancelled_end(lane)
                 self._guarded_finish(lane, finished)
 
     def _dispatch_tokens(self, frame: worker_pb2.AttachResponse) -> None:

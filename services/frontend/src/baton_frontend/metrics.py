@@ -6,6 +6,7 @@ from functools import cache
 from baton_runtime.metrics import HotHistogram, Series
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from baton_frontend.admission import Admission
 from baton_frontend.generation import GenerationEnd
 from baton_frontend.openai_http import HttpRecord
 
@@ -41,11 +42,20 @@ class FrontendMetrics:
             registry=registry,
         )
         self.inflight = Gauge("baton_inflight_requests", "Generations that have not ended.", registry=registry)
+        self.admission_refusals = Counter(
+            "baton_admission_refusals", "Calls and generations refused with 429, by the setting that did.", ("setting",), registry=registry
+        )
         self.resumes = Counter("baton_resumes", "Attempts that failed and were placed again.", registry=registry)
         self.worker_losses = Counter("baton_worker_losses", "Workers fenced, by reason.", ("reason",), registry=registry)
         self.cancel_to_sent = Histogram(
             "baton_cancel_to_sent_seconds",
             "From the end of an attempt (its client left, a stop string, ...) to its Cancel being on the worker's stream.",
+            buckets=_CANCEL_SECONDS,
+            registry=registry,
+        )
+        self.cancel_to_end = Histogram(
+            "baton_cancel_to_end_seconds",
+            "From the end of an attempt (its client left, a stop string, ...) to its worker saying that it is over and holds nothing.",
             buckets=_CANCEL_SECONDS,
             registry=registry,
         )
@@ -79,11 +89,36 @@ class FrontendMetrics:
         self.tokens_per_event = HotHistogram(
             "baton_tokens_per_event", "Tokens that came together from a worker, and go out as one event.", by_class, _TOKENS, registry
         )
+        self.late_traces = Counter(
+            "baton_late_traces",
+            "Traces exported though head sampling left them out, by why; dropped: too many.",
+            ("why",),
+            registry=registry,
+        )
         self._of_class: dict[tuple[str, bool], ClassMetrics] = {}  # models are few: admission takes only known ones
         self.http_requests = Counter("baton_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=registry)
         # Finding a labelled child takes the library longer than counting with it. Outcomes, routes and statuses are few.
         self._ended_child = cache(self.requests.labels)
         self._http_child = cache(lambda route, status: self.http_requests.labels(route, str(status)))
+
+    def watch(self, admission: Admission, registry: CollectorRegistry) -> None:
+        """Show what is held, and how much may be, at each scrape."""
+        held = Gauge("baton_admission_held", "What this process holds, by bound: requests, tokens, bytes.", ("bound",), registry=registry)
+        limit = Gauge("baton_admission_limit", "What it may hold.", ("bound",), registry=registry)
+        held.labels("requests").set_function(lambda: admission.num_requests)
+        held.labels("tokens").set_function(lambda: admission.num_tokens)
+        held.labels("bytes").set_function(lambda: admission.num_bytes)
+        limit.labels("requests").set(admission.limits.max_inflight)
+        limit.labels("tokens").set(admission.limits.max_inflight_tokens)
+        limit.labels("bytes").set(admission.limits.max_held_bytes)
+
+    def on_admission_refused(self, setting: str) -> None:
+        """See `Admission`."""
+        self.admission_refusals.labels(setting).inc()
+
+    def on_late_trace(self, why: str) -> None:
+        """See `TailSampling`."""
+        self.late_traces.labels(why).inc()
 
     def on_refused(self, reason: str) -> None:
         """A generation was refused at admission."""

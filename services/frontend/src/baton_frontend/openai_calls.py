@@ -161,6 +161,7 @@ def _generation(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt: "ar
         logit_bias=body.logit_bias or {},
         interactive=body.is_interactive(),
         deadline_s=body.baton.deadline_s if body.baton is not None else None,
+        wants_latency_budget=body.baton is not None and bool(body.baton.latency_budget),
         operation="chat" if endpoint == "chat" else "text_completion",
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from baton_frontend.generation import TokenLogprob
+from baton_frontend.latency_budget import LatencyBudget, milliseconds
 from baton_frontend.token_text import TokenText
 
 Endpoint = Literal["chat", "completion"]
@@ -101,6 +102,7 @@ class ResponseFormat:
     created: int  # unix time, s
     model: str
     has_usage: bool  # include_usage was asked: every chunk says usage: null
+    prepare_s: float = 0.0  # from the head of the call to its admission; part of a latency budget
 
     def prefix(self, index: int) -> bytes:
         """Start of a text chunk of choice index, up to where the escaped text goes."""
@@ -124,9 +126,11 @@ class ResponseFormat:
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return self._event([choice], {} if prompt_token_ids is None else {"prompt_token_ids": list(prompt_token_ids)})
 
-    def finish_event(self, index: int, finish_reason: str, stop_reason: str | int | None, resumed: int) -> bytes:
-        """Last chunk of a choice."""
-        choice: dict[str, object] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+    def finish_event(
+        self, index: int, finish_reason: str, stop_reason: str | int | None, resumed: int, budget: LatencyBudget | None = None
+    ) -> bytes:
+        """Last chunk of a choice. budget: None if it was not asked for."""
+        choice: dict[str, object] = {"index": index, "logprobs": None, "finish_reason": finish_reason, **self.budget(budget)}
         if self.endpoint == "chat":
             choice["delta"] = {}
         else:
@@ -153,6 +157,12 @@ class ResponseFormat:
         if stop_reason is not None:
             choice["stop_reason"] = stop_reason
         return f'{{"logprobs":{logprobs},{json.dumps(choice)[1:]}'
+
+    def budget(self, budget: LatencyBudget | None) -> dict[str, object]:
+        """What a choice says of its latency budget; nothing if it was not asked for."""
+        if budget is None:
+            return {}
+        return {"baton": {"latency_budget": {"prepare_ms": milliseconds(self.prepare_s), **budget.in_ms()}}}
 
     def _event(self, choices: list[dict[str, object]], extra: dict[str, object] | None = None) -> bytes:
         rest = json.dumps({"choices": choices, **(extra or {})})

@@ -16,7 +16,9 @@ from baton_runtime.log import get_logger
 from baton_runtime.telemetry import context_from, traceparent
 from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.util.types import AttributeValue
 
+from baton_frontend.admission import Admission
 from baton_frontend.event_writer import DirectResponse, EventWriter, write_json
 from baton_frontend.generation import Generator, ModelInfo
 from baton_frontend.model_registry import LoadedModel, ModelRegistry
@@ -25,6 +27,7 @@ from baton_frontend.openai_errors import ApiError, from_baton_error
 from baton_frontend.openai_format import Endpoint, ResponseFormat
 from baton_frontend.openai_schema import parse_chat, parse_completion
 from baton_frontend.sinks import Call, CollectingSink, StreamSink, finish_stream
+from baton_frontend.tail_sampling import TailSampling
 
 log = get_logger(__name__)
 CLIENT_CLOSED_REQUEST = 499
@@ -60,6 +63,12 @@ class HttpRecord:
     output_tokens: int = 0
     request_id: str = ""  # of the first choice; empty before anything was submitted
     traceparent: str = ""  # of the call's span; empty without tracing
+    body_bytes: int = 0  # taken from the admission, given back at the end
+
+    @property
+    def prepare_s(self) -> float:
+        """From the head of the call to its admission: reading, parsing, rendering, tokenizing."""
+        return 0.0 if self.prepared_at is None else self.prepared_at - self.started_at
 
     def headers(self) -> dict[str, str]:
         """By which the call is found again in logs and traces."""
@@ -94,15 +103,22 @@ class OpenAIHandlers:
         registry: ModelRegistry,
         settings: HttpSettings,
         *,
+        admission: Admission | None = None,
         tracer: trace.Tracer | None = None,
+        tail: TailSampling | None = None,
         observer: HttpObserver | None = None,
         is_ready: Callable[[], bool] | None = None,
     ) -> None:
-        """is_ready: whether new work would be taken (default: some model is served)."""
+        """admission: the one of the generator. tail: of traces that are not sampled.
+
+        is_ready: whether new work would be taken (default: some model is served).
+        """
         self._generator = generator
         self._registry = registry
         self._settings = settings
+        self._admission = admission if admission is not None else Admission()
         self._tracer = tracer if tracer is not None else trace.NoOpTracer()
+        self._tail = tail
         self._observer = observer if observer is not None else NoObserver()
         self._is_ready = is_ready if is_ready is not None else lambda: bool(generator.models())
         self._started_at = int(time.time())
@@ -175,6 +191,7 @@ class OpenAIHandlers:
         context = trace.set_span_in_context(span)
         record.traceparent = traceparent(context)
         try:
+            self._admission.check()
             planned = await self._plan(request, endpoint, record)
             answer = self._stream if planned.body.stream else self._collect
             response = await answer(request, planned, record, context)
@@ -191,14 +208,19 @@ class OpenAIHandlers:
             raise
         finally:
             record.ended_at = time.monotonic()
+            self._admission.give_bytes(record.body_bytes)
             span.set_attribute(semconv.HTTP_RESPONSE_STATUS_CODE, record.status)
+            if record.prepared_at is not None and span.is_recording():
+                span.set_attribute(semconv.BATON_BUDGET_PREPARE_MS, round(record.prepare_s * 1000, 3))
             if record.error_code is not None:
                 span.set_attribute(semconv.ERROR_TYPE, record.error_code)
+            if self._tail is not None and not span.is_recording() and self._tail.call_over(span, record.status):
+                _emit_late(self._tail, span, request, record)
             span.end()
             self._observer.on_call_end(record)
 
     async def _plan(self, request: web.Request, endpoint: Endpoint, record: HttpRecord) -> PlannedCall:
-        data = await self._read(request)
+        data = await self._read(request, record)
         limit = self._settings.max_generations
         if endpoint == "chat":
             chat = parse_chat(data)
@@ -216,23 +238,35 @@ class OpenAIHandlers:
         record.model = info.served_name
         return info, await self._registry.load(info)
 
-    async def _read(self, request: web.Request) -> bytes:
-        if (request.content_length or 0) > self._settings.max_body_bytes:
-            raise self._too_large()
+    async def _read(self, request: web.Request, record: HttpRecord) -> bytes:
+        """The body, held against the bound on bytes before it is read; without a length (chunked, compressed) as it comes."""
+        limit = self._settings.max_body_bytes
+        self._hold_body(record, request.content_length or 0, limit)
         try:
             if request.content.is_eof():  # all of it is here: the usual case
-                return await request.read()
+                body = request.content.read_nowait()
+                self._hold_body(record, len(body), limit)
+                return body
             async with asyncio.timeout(self._settings.body_timeout_s):
-                return await request.read()
-        except web.HTTPRequestEntityTooLarge as error:
-            raise self._too_large() from error
+                return await self._read_parts(request, record, limit)
         except TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {self._settings.body_timeout_s:g} s", code="body_timeout") from error
         except (web.RequestPayloadError, web.HTTPBadRequest) as error:
             raise ApiError(400, "the body could not be read; check its length and encoding", code="invalid_body") from error
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._settings.max_body_bytes} bytes; send less", code="body_too_large")
+    async def _read_parts(self, request: web.Request, record: HttpRecord, limit: int) -> bytes:
+        body = bytearray()
+        async for part in request.content.iter_any():
+            body += part
+            self._hold_body(record, len(body), limit)
+        return bytes(body)
+
+    def _hold_body(self, record: HttpRecord, num_bytes: int, limit: int) -> None:
+        if num_bytes > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes (frontend.max_body_bytes); send less", code="body_too_large")
+        if num_bytes > record.body_bytes:
+            self._admission.take_bytes(num_bytes - record.body_bytes)
+            record.body_bytes = num_bytes
 
     async def _collect(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
@@ -247,7 +281,7 @@ class OpenAIHandlers:
             call.forget()
         if call.failure is not None:
             raise call.failure
-        form = _format(planned, call)
+        form = _format(planned, call, record)
         extra: dict[str, object] = {}
         if planned.body.return_token_ids and planned.endpoint == "chat":
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
@@ -265,7 +299,7 @@ class OpenAIHandlers:
         try:
             # The generator calls no sink from inside submit, so there is time to bind them to their writer.
             call.submit(self._generator, sinks, context)
-            form = _format(planned, call)
+            form = _format(planned, call, record)
             record.request_id = call.response_id
             writer = self._open_writer(request, call, record)
             call.on_ended = partial(finish_stream, call, writer, form)
@@ -288,7 +322,7 @@ class OpenAIHandlers:
             call.wake()
 
         limit = self._settings.slow_reader_limit_bytes
-        return EventWriter(request, record.header_lines(), limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
+        return EventWriter(request, record.header_lines(), self._admission, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
 
     async def _follow(self, call: Call, writer: EventWriter, sinks: list[StreamSink]) -> None:
         """Wait for the end; the sinks write by themselves unless the reader is slow."""
@@ -301,7 +335,7 @@ class OpenAIHandlers:
                         sink.flush()
 
 
-def _format(planned: PlannedCall, call: Call) -> ResponseFormat:
+def _format(planned: PlannedCall, call: Call, record: HttpRecord) -> ResponseFormat:
     options = planned.body.stream_options
     return ResponseFormat(
         planned.endpoint,
@@ -309,6 +343,7 @@ def _format(planned: PlannedCall, call: Call) -> ResponseFormat:
         int(time.time()),
         planned.generations[0].model,
         has_usage=options is not None and bool(options.include_usage),
+        prepare_s=record.prepare_s,
     )
 
 
@@ -320,14 +355,38 @@ def _note(record: HttpRecord, call: Call) -> None:
         record.error_code = call.failure.code
 
 
+def _request_id() -> dict[str, str]:
+    """Of what is no call of a model."""
+    return {"X-Request-Id": secrets.token_hex(8)}
+
+
+def _emit_late(tail: TailSampling, span: trace.Span, request: web.Request, record: HttpRecord) -> None:
+    """The call's span, not recorded while it ran."""
+    attributes: dict[str, AttributeValue] = {
+        semconv.HTTP_REQUEST_METHOD: "POST",
+        semconv.HTTP_ROUTE: record.route,
+        semconv.HTTP_RESPONSE_STATUS_CODE: record.status,
+        semconv.BATON_BUDGET_PREPARE_MS: round(record.prepare_s * 1000, 3),
+    }
+    if record.error_code is not None:
+        attributes[semconv.ERROR_TYPE] = record.error_code
+    parent = trace.get_current_span(context_from(request.headers.get("traceparent", ""))).get_span_context()
+    error = f"HTTP {record.status}" if record.status >= 500 else ""
+    duration_s = record.ended_at - record.started_at
+    tail.emit(span, f"POST {record.route}", trace.SpanKind.SERVER, parent, duration_s, attributes, error=error)
+
+
 def _json(content: object, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
+    return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json", headers=_request_id())
 
 
 def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """An error in OpenAI's form. headers: beside its own."""
-    all_headers = {**error.headers(), **(headers or {})}
-    return web.Response(body=error.body(), status=error.status, content_type="application/json", headers=all_headers)
+    """An error in OpenAI's form. headers: beside its own; default: a request id."""
+    all_headers = {**error.headers(), **(headers or _request_id())}
+    response = web.Response(body=error.body(), status=error.status, content_type="application/json", headers=all_headers)
+    if error.code == "draining":
+        response.force_close()  # so that the client's next request goes elsewhere
+    return response
 
 
 @web.middleware

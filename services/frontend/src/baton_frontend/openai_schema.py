@@ -60,10 +60,11 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 
 class BatonOptions(Struct, forbid_unknown_fields=True):
-    """Our extension: the class of the request and the time it has."""
+    """Our extension: the class of the request, the time it has, and whether its choices say where the time went."""
 
     class_: Literal["interactive", "batch"] | None = msgspec.field(name="class", default=None)
     deadline_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
+    latency_budget: bool | None = None
 
 
 class CallBody(Struct, kw_only=True, forbid_unknown_fields=True):

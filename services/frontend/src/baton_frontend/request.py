@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb2
-from baton_runtime.errors import BatonError, DeadlineExceeded, InvalidArgument, Unavailable
+from baton_runtime.errors import BatonError, InvalidArgument, Unavailable
 
 from baton_frontend.generation import EndReason, Generation, GenerationEnd
+from baton_frontend.latency_budget import PhaseTimes
 from baton_frontend.placement import Action, Ask, End, Placement, ReportPathDown, Role, StartAttempt, StopAttempt, Wake, Withdraw
-from baton_frontend.request_errors import AttemptsExhausted, EngineCrash, Overloaded
+from baton_frontend.request_errors import AttemptsExhausted, DeadlinePassed, EngineCrash, Overloaded
 
 _PAIR_CAUSES = (worker_pb2.HANDOFF_FAILURE_CAUSE_PEER_FENCED, worker_pb2.HANDOFF_FAILURE_CAUSE_PATH_DOWN)
 # Causes after which the same other side may be tried again by this request.
@@ -43,6 +44,7 @@ class RequestLimits:
     max_attempts: placements that failed, refusals not counted. max_crashes: attempts during which a worker died.
     new_patience_s, resume_patience_s: how long a request that never ran, or one that did, keeps asking while it is refused.
     cancel_wait_s: how long a cancelled request waits for decode's usage.
+    deadline_s: from admission to the end, for requests that do not say their own.
     """
 
     max_attempts: int = 8
@@ -50,6 +52,7 @@ class RequestLimits:
     new_patience_s: float = 2.0
     resume_patience_s: float = 30.0
     cancel_wait_s: float = 0.25
+    deadline_s: float = 600.0
 
 
 class Request:
@@ -81,6 +84,7 @@ class Request:
         "phase",
         "placement",
         "resumed",
+        "times",
     )
 
     def __init__(self, generation: Generation, limits: RequestLimits) -> None:
@@ -92,6 +96,7 @@ class Request:
         self.placement: Placement | None = None
         self.output = array("I")  # delivered tokens
         self.first_position = 0  # first output position of this attempt
+        self.times = PhaseTimes()  # of the last attempt that began without any token
         self.has_started = False  # some attempt was placed
         self.resumed = 0
         self._open: set[Role] = set()  # sides of this attempt that have not ended
@@ -116,6 +121,11 @@ class Request:
         """Output tokens still wanted."""
         return self._max_tokens - len(self.output)
 
+    @property
+    def deadline_s(self) -> float:
+        """From admission to the end, in seconds."""
+        return self._limits.deadline_s if self._generation.deadline_s is None else self._generation.deadline_s
+
     # --- placing
 
     def admit(self) -> list[Action]:
@@ -134,6 +144,8 @@ class Request:
         self.phase, self.placement = Phase.RUNNING, placement
         self._open = {Role.DECODE} if placement.prefill is None else {Role.DECODE, Role.PREFILL}
         self.first_position = len(self.output)
+        if self.has_started and not self.output:
+            self.times = PhaseTimes()
         self.has_started = True
         return [StartAttempt(attempt, placement)]
 
@@ -204,7 +216,7 @@ class Request:
             case worker_pb2.FINISH_REASON_LENGTH if role is Role.DECODE:
                 return self._finish("length")
             case worker_pb2.FINISH_REASON_DEADLINE:
-                return self._fail(DeadlineExceeded())
+                return self._fail(self._deadline_passed())
             case worker_pb2.FINISH_REASON_INVALID:
                 return self._fail(InvalidArgument("request", message or finished.error.reason))
             case worker_pb2.FINISH_REASON_REFUSED:
@@ -256,7 +268,7 @@ class Request:
             return []
         if self.phase is Phase.CANCELLING:
             return self._finish("cancelled")
-        return self._fail(DeadlineExceeded())
+        return self._fail(self._deadline_passed())
 
     def abort(self, error: BatonError) -> list[Action]:
         """The frontend itself gives the request up."""
@@ -275,6 +287,10 @@ class Request:
 
     # --- decisions
 
+    def _deadline_passed(self) -> DeadlinePassed:
+        setting = "frontend.default_deadline_s" if self._generation.deadline_s is None else "baton.deadline_s"
+        return DeadlinePassed(self.deadline_s, setting)
+
     def _ask(self) -> Ask:
         return Ask(self.attempt, tuple(self._excluded), is_resume=self.has_started)
 
@@ -288,6 +304,11 @@ class Request:
         if not finished.HasField("usage"):
             return
         self._exposed_handoff_us += finished.usage.exposed_handoff_us
+        if self.first_position == 0:
+            if role is Role.PREFILL:
+                self.times.prefill_queue_us = finished.usage.queue_us
+            else:
+                self.times.decode_queue_us, self.times.handoff_us = finished.usage.queue_us, finished.usage.exposed_handoff_us
         if self._cached_tokens is None or (role is Role.DECODE and self.resumed == 0):
             self._cached_tokens = finished.usage.cached_tokens
 

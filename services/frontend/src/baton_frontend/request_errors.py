@@ -1,15 +1,26 @@
 """Ends of a request that only the frontend knows.
 
 BatonError
+|- DeadlineExceeded
+|  `- DeadlinePassed      DEADLINE_EXCEEDED   DEADLINE_EXCEEDED    no
 |- EngineCrash            ENGINE_CRASH        INTERNAL             no
 |- QueueFull
+|  |- AdmissionFull       ADMISSION_FULL      RESOURCE_EXHAUSTED   yes
 |  `- Overloaded          OVERLOADED          RESOURCE_EXHAUSTED   yes
 `- Unavailable
    `- AttemptsExhausted   ATTEMPTS_EXHAUSTED  UNAVAILABLE          yes
 """
 
 import grpc
-from baton_runtime.errors import BatonError, QueueFull, Unavailable
+from baton_runtime.errors import BatonError, DeadlineExceeded, QueueFull, Unavailable
+
+
+class DeadlinePassed(DeadlineExceeded):
+    """The time of the whole request is over; what was delivered stays delivered."""
+
+    def __init__(self, deadline_s: float, setting: str) -> None:
+        """setting: which one said so: "baton.deadline_s" of the request, or "frontend.default_deadline_s"."""
+        super().__init__(f"the request was not finished within {deadline_s:g} s ({setting}); ask for less or give it more time")
 
 
 class EngineCrash(BatonError):
@@ -20,6 +31,26 @@ class EngineCrash(BatonError):
 
     def __init__(self, num_crashes: int) -> None:
         super().__init__(f"engine_crash: {num_crashes} workers failed while they ran this request", num_crashes=num_crashes)
+
+
+class AdmissionFull(QueueFull):
+    """This frontend holds as much as it may. Nothing was started."""
+
+    reason = "ADMISSION_FULL"
+
+    def __init__(self, what: str, held: int, wanted: int, limit: int, setting: str, retry_after_ms: int) -> None:
+        """what: "requests", "tokens" or "bytes". setting: the one that bounds them."""
+        BatonError.__init__(
+            self,
+            f"this frontend holds {held} of at most {limit} {what} ({setting}), and {wanted} more do not fit; "
+            f"send the request again in {retry_after_ms} ms",
+            retry_after_ms=retry_after_ms,
+            bound=what,
+            held=held,
+            wanted=wanted,
+            limit=limit,
+            setting=setting,
+        )
 
 
 class Overloaded(QueueFull):

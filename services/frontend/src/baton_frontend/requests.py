@@ -9,33 +9,32 @@ from dataclasses import dataclass, field
 
 from baton_contracts.discovery.v1 import instance_pb2
 from baton_runtime import hashing
-from baton_runtime.errors import BatonError, Draining, NotFound, QueueFull, Unavailable
+from baton_runtime.errors import BatonError, Draining, NotFound, Unavailable
 from baton_runtime.log import get_logger
 from opentelemetry import trace
 from opentelemetry.context import Context
 
 from baton_frontend.active_request import ActiveRequest
+from baton_frontend.admission import Admission
 from baton_frontend.generation import Generation, ModelInfo, TokenSink
 from baton_frontend.metrics import FrontendMetrics
 from baton_frontend.pacing import Pacer
 from baton_frontend.placement import Ask, Placement
 from baton_frontend.request import RequestLimits
 from baton_frontend.route_client import RouteClient
+from baton_frontend.tail_sampling import TailSampling
 from baton_frontend.workers import Workers
 
 TICK_S = 0.05
-ROUTE_LIMIT_CHECK_S = 1.0
+LIMITS_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """max_inflight: generations beyond are refused. resumes_per_tick: resumes asked for per 50 ms. route_limit_s: an unanswered
-    question is given up after this long. retry_after_ms: advice with a refusal at admission."""
+    """resumes_per_tick: resumes asked for per 50 ms. route_limit_s: an unanswered question is given up after this long."""
 
-    max_inflight: int = 4096
     resumes_per_tick: int = 32
     route_limit_s: float = 600.0
-    retry_after_ms: int = 1000
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
@@ -50,16 +49,20 @@ class RequestManager:
         routes: RouteClient,
         tracer: trace.Tracer,
         metrics: FrontendMetrics,
+        admission: Admission,
         settings: ManagerSettings,
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle],
         forget: Callable[[instance_pb2.Instance], object] = lambda _: None,
+        tail: TailSampling | None = None,
     ) -> None:
-        """forget: told of workers whose record and stream are both gone."""
+        """forget: told of workers whose record and stream are both gone. tail: of traces that are not sampled."""
         self.workers = workers
         self.routes = routes
         self.tracer = tracer
+        self.tail = tail
         self.metrics = metrics
+        self.admission = admission
         self.settings = settings
         self.clock = clock
         self.call_later = call_later
@@ -74,14 +77,15 @@ class RequestManager:
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._next_route_check = 0.0
+        self._next_limits_check = 0.0
         metrics.inflight.set_function(lambda: len(self._active))
         workers.observer = self
 
     # --- Generator
 
     def submit(self, generation: Generation, sink: TokenSink, trace_context: Context | None) -> ActiveRequest:
-        """See `Generator`. Raises: Draining, QueueFull, NotFound; the sink is never called then, nor before this returns."""
+        """See `Generator`. Raises: Draining, AdmissionFull, InvalidArgument, NotFound; the sink is never called then, nor before this
+        returns."""
         try:
             model = self._admissible(generation)
         except BatonError as error:
@@ -105,13 +109,11 @@ class RequestManager:
 
     def _admissible(self, generation: Generation) -> ModelInfo:
         if self._is_draining:
-            raise Draining()
-        limit = self.settings.max_inflight
-        if len(self._active) >= limit:
-            raise QueueFull(depth=len(self._active), limit=limit, retry_after_ms=self.settings.retry_after_ms)
+            raise Draining("this frontend")
         model = self.workers.model(generation.model)
         if model is None:
             raise NotFound("model", generation.model)
+        self.admission.admit(generation.num_tokens)
         return model
 
     # --- life
@@ -124,7 +126,7 @@ class RequestManager:
     @property
     def is_ready(self) -> bool:
         """Whether a new generation would be taken."""
-        return not self._is_draining and len(self._active) < self.settings.max_inflight and bool(self.workers.models())
+        return not self._is_draining and self.admission.is_open and bool(self.workers.models())
 
     def set_draining(self) -> None:
         """Refuse new generations from now on."""
@@ -151,10 +153,10 @@ class RequestManager:
         self.routes.tick(now)
         for active, ask in self._pacer.tick():
             active.ask_now(ask)
-        if now >= self._next_route_check:
-            self._next_route_check = now + ROUTE_LIMIT_CHECK_S
+        if now >= self._next_limits_check:
+            self._next_limits_check = now + LIMITS_CHECK_S
             for active in list(self._active.values()):
-                active.check_route_limit(now)
+                active.check_limits(now)
             self._observe()
 
     def _observe(self) -> None:
@@ -171,7 +173,8 @@ class RequestManager:
 
     def ended(self, active: ActiveRequest) -> None:
         """A request is over."""
-        self._active.pop(active.request_id, None)
+        if self._active.pop(active.request_id, None) is not None:
+            self.admission.leave(active.generation.num_tokens)
         if not self._active:
             self._idle.set()
 
@@ -218,3 +221,7 @@ class RequestManager:
     def on_cancel_sent(self, waited_s: float) -> None:
         """See `WorkersObserver`."""
         self.metrics.cancel_to_sent.observe(waited_s)
+
+    def on_cancelled_end(self, waited_s: float) -> None:
+        """See `WorkersObserver`."""
+        self.metrics.cancel_to_end.observe(waited_s)

@@ -15,8 +15,10 @@ from baton_runtime.rpc import advertised_address, split_address
 from baton_runtime.telemetry import Telemetry, configure_telemetry
 from prometheus_client import generate_latest
 
+from baton_frontend.admission import Admission, AdmissionLimits
 from baton_frontend.attach_client import Identity
 from baton_frontend.config import FrontendConfig
+from baton_frontend.connections import ConnectionLimits
 from baton_frontend.http_server import HttpServer, tune_gc
 from baton_frontend.metrics import FrontendMetrics
 from baton_frontend.model_registry import ModelRegistry
@@ -24,6 +26,7 @@ from baton_frontend.openai_http import HttpSettings, OpenAIHandlers
 from baton_frontend.request import RequestLimits
 from baton_frontend.requests import ManagerSettings, RequestManager
 from baton_frontend.route_client import RouteClient
+from baton_frontend.tail_sampling import TailLimits, TailSampling
 from baton_frontend.tokenizer import WorkPool
 from baton_frontend.workers import Workers
 
@@ -60,7 +63,9 @@ class FrontendService(Service):
         await self._discovery.start()
         self.closing.push_async_callback(self._discovery.close)
         metrics = FrontendMetrics(metrics_server.registry)
-        self._manager = manager = self._start_requests(telemetry, metrics)
+        admission = Admission(_admission_limits(config), metrics.on_admission_refused)
+        metrics.watch(admission, metrics_server.registry)
+        self._manager = manager = self._start_requests(telemetry, metrics, admission)
         self._http = await self._start_http(manager, telemetry, metrics, lambda: generate_latest(metrics_server.registry))
         # Last in, first out: requests end with an answer before the sockets close.
         self.closing.push_async_callback(self._end_requests, manager)
@@ -71,17 +76,19 @@ class FrontendService(Service):
         self._registration = await self._discovery.register(self._record(metrics_address))
 
     async def drain(self) -> None:
-        """Leave discovery, refuse new work, wait for what is in flight."""
+        """Leave discovery, refuse new work, wait until what came before is answered and the answers have left."""
         if self._registration is not None:
             await self._registration.revoke()
         if self._manager is None:
             return
-        self._manager.set_draining()
+        self._manager.admission.set_draining()  # calls whose head has been read may still submit
         if self._http is not None:
             await self._http.stop_listening()
+            await self._http.wait_idle()
+        self._manager.set_draining()
         await self._manager.wait_idle()
 
-    def _start_requests(self, telemetry: Telemetry, metrics: FrontendMetrics) -> RequestManager:
+    def _start_requests(self, telemetry: Telemetry, metrics: FrontendMetrics, admission: Admission) -> RequestManager:
         workers = Workers(Identity(self.instance_id, self.incarnation), time.monotonic)
         routes = RouteClient(time.monotonic)
         workers.open(self.tasks)
@@ -101,10 +108,12 @@ class FrontendService(Service):
             routes=routes,
             tracer=telemetry.tracer,
             metrics=metrics,
+            admission=admission,
             settings=_manager_settings(self.config),
             clock=time.monotonic,
             call_later=asyncio.get_running_loop().call_later,
             forget=view.forget,
+            tail=_tail(self.config, telemetry, metrics),
         )
         self.closing.callback(view.subscribe(update))
         self.tasks.create_task(manager.run(), name="requests")
@@ -124,17 +133,25 @@ class FrontendService(Service):
             slow_reader_limit_bytes=config.slow_reader_limit_bytes,
             slow_reader_timeout_s=config.slow_reader_timeout_s,
         )
+        limits = ConnectionLimits(
+            max_header_bytes=config.max_header_bytes,
+            head_timeout_s=config.head_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
+            slow_reader_timeout_s=config.slow_reader_timeout_s,
+        )
         registry = ModelRegistry(pool, config.model_load_timeout_s)
         self.tasks.create_task(registry.keep_loaded(manager.models), name="models")
         handlers = OpenAIHandlers(
             manager,
             registry,
             settings,
+            admission=manager.admission,
+            tail=manager.tail,
             tracer=telemetry.tracer,
             observer=metrics,
             is_ready=lambda: manager.is_ready,
         )
-        http = HttpServer(handlers, settings, metrics=exposition, close_timeout_s=HTTP_CLOSE_S)
+        http = HttpServer(handlers, limits, metrics=exposition, close_timeout_s=HTTP_CLOSE_S)
         self.closing.push_async_callback(http.close)
         try:
             bound = await http.start(config.http_listen, reuse_port=config.http_reuse_port)
@@ -165,13 +182,30 @@ class FrontendService(Service):
         )
 
 
+def _tail(config: FrontendConfig, telemetry: Telemetry, metrics: FrontendMetrics) -> TailSampling | None:
+    if telemetry.late is None:
+        return None  # nothing is exported
+    limits = TailLimits(config.trace_slow_ttft_s, config.trace_slow_tpot_s, config.trace_late_per_s)
+    return TailSampling(telemetry.late, limits, time.monotonic, metrics.on_late_trace)
+
+
+def _admission_limits(config: FrontendConfig) -> AdmissionLimits:
+    return AdmissionLimits(
+        max_inflight=config.max_inflight,
+        max_inflight_tokens=config.max_inflight_tokens,
+        max_held_bytes=config.max_held_bytes,
+        retry_after_ms=config.retry_after_ms,
+    )
+
+
 def _manager_settings(config: FrontendConfig) -> ManagerSettings:
     return ManagerSettings(
-        max_inflight=config.max_inflight,
         resumes_per_tick=config.resumes_per_tick,
         route_limit_s=config.route_limit_s,
-        retry_after_ms=config.retry_after_ms,
         limits=RequestLimits(
-            max_attempts=config.max_attempts, new_patience_s=config.new_patience_s, resume_patience_s=config.resume_patience_s
+            max_attempts=config.max_attempts,
+            new_patience_s=config.new_patience_s,
+            resume_patience_s=config.resume_patience_s,
+            deadline_s=config.default_deadline_s,
         ),
     )

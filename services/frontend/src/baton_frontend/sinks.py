@@ -200,7 +200,7 @@ class CollectingSink(Choice):
     def as_json(self, index: int, form: ResponseFormat, names: TokenNames) -> str:
         """JSON of the finished choice."""
         logprobs, token_ids = self.text.take_extras()
-        extra: dict[str, object] = {}
+        extra = form.budget(self.end.latency_budget if self.end is not None else None)
         if token_ids is not None:
             extra["token_ids"] = token_ids
             if form.endpoint == "completion":
@@ -269,7 +269,7 @@ class StreamSink(Choice):
             if not self._has_begun:
                 self._begin()
             self._emit(escape(self.text.finish()), is_last=True)
-            self._writer.queue(self._form.finish_event(self._index, self.finish_reason or "", self.stop_reason, end.resumed))
+            self._writer.queue(self._form.finish_event(self._index, finish_reason, self.stop_reason, end.resumed, end.latency_budget))
         self.call.note_end(self)
         if not self.call.is_over and finish_reason is not None:
             self._writer.flush()

@@ -3,11 +3,13 @@
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from baton_runtime.errors import BatonError
 from opentelemetry.context import Context
 
 from baton_frontend.generation import EndReason, Generation, GenerationEnd, ModelInfo, TokenLogprob, TokenSink
+from baton_frontend.latency_budget import LatencyBudget
 
 
 def echo_prompt(generation: Generation) -> Sequence[int]:
@@ -56,13 +58,15 @@ class FakeGeneration:
         cached_tokens: int = 0,
         resumed: int = 0,
         stop_token_id: int | None = None,
+        latency_budget: LatencyBudget | None = None,
     ) -> None:
         """Deliver the end; only the first counts."""
         if self.is_over:
             return
         self.is_over = True
         prompt_tokens = len(self.generation.prompt_token_ids)
-        self._sink.on_end(GenerationEnd(reason, error, prompt_tokens, cached_tokens, self.num_delivered, resumed, stop_token_id))
+        end = GenerationEnd(reason, error, prompt_tokens, cached_tokens, self.num_delivered, resumed, stop_token_id)
+        self._sink.on_end(replace(end, latency_budget=latency_budget))
 
     def _logprobs(self, token_ids: Sequence[int]) -> list[TokenLogprob] | None:
         """Of the token -0.5, of the k-th alternative (ids 0, 1, ...) -(k + 1)."""

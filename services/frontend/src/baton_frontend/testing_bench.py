@@ -13,11 +13,13 @@ from opentelemetry import trace
 from prometheus_client import CollectorRegistry
 
 from baton_frontend.active_request import ActiveRequest
+from baton_frontend.admission import Admission, AdmissionLimits
 from baton_frontend.attach_client import AttachTimes, Identity
 from baton_frontend.generation import Generation, GenerationEnd, TokenLogprob
 from baton_frontend.metrics import FrontendMetrics
 from baton_frontend.requests import ManagerSettings, RequestManager
 from baton_frontend.route_client import RouteClient, RouteTimes
+from baton_frontend.tail_sampling import TailSampling
 from baton_frontend.testing_workers import FakeRouter, FakeWorker
 from baton_frontend.workers import Workers
 
@@ -110,6 +112,8 @@ async def running_bench(
     times: AttachTimes = QUICK_TIMES,
     tracer: trace.Tracer | None = None,
     timer_share: float = 1.0,
+    limits: AdmissionLimits | None = None,
+    tail: TailSampling | None = None,
 ) -> AsyncIterator[Bench]:
     """A manager that ticks, without workers at first. timer_share: timers fire after this share of their delay."""
     loop = asyncio.get_running_loop()
@@ -122,8 +126,10 @@ async def running_bench(
         routes=routes,
         tracer=tracer or trace.NoOpTracer(),
         metrics=FrontendMetrics(registry),
+        admission=Admission(limits),
         settings=settings or ManagerSettings(),
         clock=time.monotonic,
+        tail=tail,
         call_later=lambda delay_s, callback: loop.call_later(delay_s * timer_share, callback),
     )
     is_open = asyncio.Event()

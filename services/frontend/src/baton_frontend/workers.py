@@ -33,6 +33,9 @@ class WorkersObserver(Protocol):
     def on_cancel_sent(self, waited_s: float) -> None:
         """A Cancel has left this process, so long after it was decided."""
 
+    def on_cancelled_end(self, waited_s: float) -> None:
+        """A cancelled attempt is over at its worker, so long after the cancel was decided."""
+
 
 class Workers:
     """The workers by incarnation. Everything but the streams themselves is synchronous."""
@@ -130,6 +133,11 @@ class Workers:
         """See `AttachObserver`."""
         if self.observer is not None:
             self.observer.on_cancel_sent(waited_s)
+
+    def on_cancelled_end(self, waited_s: float) -> None:
+        """See `AttachObserver`."""
+        if self.observer is not None:
+            self.observer.on_cancelled_end(waited_s)
 
     # --- questions
 
