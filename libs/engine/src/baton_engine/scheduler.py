@@ -205,7 +205,8 @@ class Scheduler:
         states = [state for state in self.running.values() if not state.is_decoding and not state.paused]
         started = deque(sorted((self._rank(state), state.number, state) for state in states))
         slots = limits.max_batch_sequences - sum(not state.paused for state in self.running.values())
-        limit_s = limits.max_mixed_step_s if plan.chunks else limits.max_step_s
+        # Where decoding alone is over the limit, a prompt may still come along if it makes the step no longer.
+        limit_s = max(limits.max_mixed_step_s, self._predict_s(plan.load)) if plan.chunks else limits.max_step_s
         budget = limits.max_chunk_tokens
         while budget > 0 and len(plan.chunks) < limits.max_batch_sequences:
             state = self._best(started, has_slot=slots > 0)
