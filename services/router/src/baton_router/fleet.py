@@ -61,6 +61,7 @@ class Worker:
     beat: worker.Beat = field(default_factory=worker.Beat)
     fenced_at: float = float("-inf")  # a frontend's report; its own feed newer than that lifts it
     _unseen: OrderedDict[int, tuple[float, int]] = field(default_factory=OrderedDict)  # placement -> (when, prefill tokens)
+    _unseen_tokens: int = 0  # sum over them: a query asks for it several times, and there may be thousands
     kv_kind: bytes = field(init=False)  # equal bytes: the same model and layout
 
     def __post_init__(self) -> None:
@@ -98,15 +99,17 @@ class Worker:
             elif sample.decode_sequences:
                 self.decode_step_us += (sample.duration_us - self.decode_step_us) * (SMOOTHING if self.decode_step_us else 1.0)
         while self._unseen and now - next(iter(self._unseen.values()))[0] > UNSEEN_S:
-            self._unseen.popitem(last=False)
+            self.ended(next(iter(self._unseen)))
 
     def placed(self, query: int, prefill_tokens: int, now: float) -> None:
         """Work was given to it that its load does not show yet."""
         self._unseen[query] = (now, prefill_tokens)
+        self._unseen_tokens += prefill_tokens
 
     def ended(self, query: int) -> None:
         """That work is over or elsewhere."""
-        self._unseen.pop(query, None)
+        _, prefill_tokens = self._unseen.pop(query, (0.0, 0))
+        self._unseen_tokens -= prefill_tokens
 
     @property
     def num_sequences(self) -> int:
@@ -120,7 +123,7 @@ class Worker:
 
     def queue_us(self) -> float:
         """Predicted wait for a new prompt."""
-        return self.speed.predict_us(int(self.load.waiting_prefill_tokens) + sum(tokens for _, tokens in self._unseen.values()))
+        return self.speed.predict_us(int(self.load.waiting_prefill_tokens) + self._unseen_tokens)
 
 
 class Fleet:
