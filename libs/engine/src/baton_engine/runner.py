@@ -5,15 +5,13 @@ Implemented by `sim_runner.SimRunner` and `torch_runner.TorchRunner`; called onl
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from baton_engine.api import EngineInfo, SamplingParams, SequenceKey, TokenLogprobs
 from baton_engine.pool import BlockLayout, KvPool
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkItem:
+class ChunkItem(NamedTuple):
     """One sequence's part of a step: compute KV of tokens [start, end), and draw the next token if `draws`.
 
     KV of tokens [0, start) lies in the blocks already. Token t lives in block table[t // block_tokens], slot

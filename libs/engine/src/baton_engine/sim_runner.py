@@ -19,6 +19,7 @@ from baton_engine.sim_profile import SimProfile
 
 KV_CORRUPT = "kv_corrupt"
 _SURE = 0.9  # probability the sim reports for the token it draws; the rest is shared by the others it names
+_NOTHING = (0, 0)  # of a sequence that is new here: no token known, state 0
 _VERIFY_TOKENS = 4096  # at a time: bounds the memory of a check
 
 
@@ -70,27 +71,28 @@ class SimRunner:
     def run(self, items: Sequence[ChunkItem]) -> list[Draw | None]:
         """See ModelRunner.run."""
         started_at = self._clock()
-        corrupt = [item.key for item in items if not self._is_sound(item)]
+        known = self._known.get
+        corrupt = [item.key for item in items if known(item.key, _NOTHING)[0] != item.start and not self._is_sound(item)]
         if corrupt:
             raise StepFailed(corrupt, KV_CORRUPT)
         last_states = self._write(items)
         drawn = next_tokens(last_states, self._allowed).tolist()
         for item, state in zip(items, last_states.tolist(), strict=True):
             self._known[item.key] = (item.end, state)
-        load = StepLoad.of((item.start, item.end) for item in items)
+        load = StepLoad.of([(item.start, item.end) for item in items])
         # Sleeping even for 0 s lets the event loop run between steps, as a device would: one thread must not keep the interpreter.
         self._sleep(max(0.0, self.predict_s(load) - (self._clock() - started_at)))
-        return [self._draw(item, token_id) if item.draws else None for item, token_id in zip(items, drawn, strict=True)]
+        return [
+            None if not item.draws else Draw(token_id) if item.sampling.top_logprobs is None else self._draw(item, token_id)
+            for item, token_id in zip(items, drawn, strict=True)
+        ]
 
     def forget(self, key: SequenceKey) -> None:
         """See ModelRunner.forget."""
         self._known.pop(key, None)
 
     def _is_sound(self, item: ChunkItem) -> bool:
-        """Verify what the item attends to, unless this runner wrote or verified it already."""
-        known, _ = self._known.get(item.key, (0, 0))
-        if known == item.start:
-            return True
+        """Verify what the item attends to, which this runner has neither written nor verified."""
         token_states = states(item.token_ids[: item.start])
         table, block_tokens = np.asarray(item.table), self.layout.block_tokens
         for start in range(0, item.start, _VERIFY_TOKENS):
@@ -104,38 +106,42 @@ class SimRunner:
     def _write(self, items: Sequence[ChunkItem]) -> npt.NDArray[np.uint64]:
         """Write the slots of all items at once; the state of each item's last token, shape (len(items),)."""
         block_tokens = self.layout.block_tokens
-        lengths = np.array([item.num_tokens for item in items])
-        tokens = np.concatenate([np.asarray(item.token_ids[item.start : item.end], dtype=np.uint32) for item in items])
-        positions = np.concatenate([np.arange(item.start, item.end, dtype=np.uint64) for item in items])
-        block_ids = np.concatenate([_block_ids(item, block_tokens) for item in items])
-        sums = np.cumsum(token_terms(tokens, positions), dtype=np.uint64)
+        known = self._known.get
+        # Lists: most items are one token, for which an array each would cost more than all of the arithmetic.
+        tokens: list[int] = []
+        positions: list[int] = []
+        lengths: list[int] = []
+        block_ids: list[int] = []
+        for _, token_ids, start, end, table, _, _, _ in items:
+            lengths.append(end - start)
+            if end - start == 1:
+                tokens.append(token_ids[start])
+                positions.append(start)
+                block_ids.append(table[start // block_tokens])
+            else:
+                tokens += token_ids[start:end]
+                positions += range(start, end)
+                block_ids += [table[position // block_tokens] for position in range(start, end)]
+        at = np.array(positions, dtype=np.uint64)
+        sums = np.cumsum(token_terms(np.array(tokens, dtype=np.uint32), at), dtype=np.uint64)
         ends = np.cumsum(lengths) - 1
-        before = np.array([self._known.get(item.key, (0, 0))[1] for item in items], dtype=np.uint64)
+        before = np.array([known(item.key, _NOTHING)[1] for item in items], dtype=np.uint64)
         before -= np.concatenate([np.zeros(1, dtype=np.uint64), sums[ends[:-1]]])
         token_states = sums + np.repeat(before, lengths)
-        slots = (positions % np.uint64(block_tokens)).astype(np.int64)
+        slots = (at % np.uint64(block_tokens)).astype(np.int64)
         self._slots[block_ids, :, slots] = slot_bytes(self.layout, token_states)
         last: npt.NDArray[np.uint64] = token_states[ends]
         return last
 
     def _draw(self, item: ChunkItem, token_id: int) -> Draw:
+        """A token with the log probabilities its sequence asks for."""
         wanted = item.sampling.top_logprobs
-        if wanted is None:
-            return Draw(token_id)
+        assert wanted is not None
         others = [int(other) for other in self._allowed[: wanted + 1] if other != token_id][: max(0, wanted - 1)]
         top_ids = [token_id, *others][:wanted]
         rest = log((1 - _SURE) / max(1, len(others)))
         top = [log(_SURE), *[rest] * len(others)][:wanted]
         return Draw(token_id, TokenLogprobs(item.key, item.position, log(_SURE), top_ids, top))
-
-
-def _block_ids(item: ChunkItem, block_tokens: int) -> npt.NDArray[np.int64]:
-    """Block id of every token of the item."""
-    if item.is_decode:
-        return np.array([item.table[item.start // block_tokens]])
-    first, last = item.start // block_tokens, -(-item.end // block_tokens)
-    per_token = np.repeat(np.asarray(item.table[first:last], dtype=np.int64), block_tokens)
-    return per_token[item.start - first * block_tokens :][: item.num_tokens]
 
 
 def expected_next_token(runner: SimRunner, token_ids: "array[int]") -> int:
