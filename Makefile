@@ -11,12 +11,15 @@ HANDOFF_BENCHES := $(addprefix bench/,handoff_transports.py handoff_latency.py b
 # make up MODEL=folder UP="--engine sim --profile instant --port 9000"
 UP ?=
 SOAK ?=
+STREAMS ?=
+SPIKE ?=
+MEMORY ?=
 MODEL ?=
 FAULTS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
-	bench-handoff plot-handoff ci clean
+	bench-handoff plot-handoff bench-streams bench-spike bench-memory ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -85,6 +88,15 @@ bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to c
 
 plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
 	$(BIN)/python bench/plot_handoff.py
+
+bench-streams: $(VENV)/.ready ## 50,000 concurrent streams on this host (three minutes, 4 GB, 20,000 open files; STREAMS="--streams 5000 --open-rate 500")
+	$(BIN)/python bench/streams.py $(STREAMS)
+
+bench-spike: $(VENV)/.ready ## 20,000 new streams within one second beside 100 running chats (two minutes; SPIKE="--streams 2000")
+	$(BIN)/python bench/spike.py $(SPIKE)
+
+bench-memory: $(VENV)/.ready ## sizes of all processes over a million short requests (half an hour; MEMORY="--requests 100000")
+	$(BIN)/python bench/short_memory.py $(MEMORY)
 
 ci: ## what continuous integration runs
 	bash .ci/run
