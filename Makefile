@@ -11,6 +11,7 @@ HANDOFF_BENCHES := $(addprefix bench/,handoff_transports.py handoff_latency.py b
 # make up MODEL=folder UP="--engine sim --profile instant --port 9000"
 UP ?=
 SOAK ?=
+STREAM ?=
 STREAMS ?=
 SPIKE ?=
 MEMORY ?=
@@ -19,7 +20,7 @@ FAULTS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
-	bench-handoff plot-handoff bench-streams bench-spike bench-memory ci clean
+	bench-handoff bench-stream bench-streams bench-spike bench-memory plot-handoff ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -85,6 +86,9 @@ proto-check: $(VENV)/.ready $(VENV)-proto/.ready
 bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to confirm, handoffs per second of the books, a plot (six minutes)
 	@status=0; for script in $(wildcard $(HANDOFF_BENCHES)); do \
 		echo "== $$script" >&2; $(BIN)/python $$script || status=1; done; $(BIN)/python bench/plot_handoff.py || status=1; exit $$status
+
+bench-stream: $(VENV)/.ready ## the frontend beside the peer's: tokens/s, CPU per token, latency (six minutes; STREAM="--no-peer --cases stream-256"); installs the peer
+	@$(BIN)/python bench/stream_beside_peer.py $(STREAM); status=$$?; $(BIN)/python bench/plot_stream.py; exit $$status
 
 plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
 	$(BIN)/python bench/plot_handoff.py

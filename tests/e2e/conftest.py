@@ -1,5 +1,6 @@
 """What the tests of tokens share: a random model folder and transformers' own continuation of a prompt."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,18 +19,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def generate(model: Path) -> Callable[[list[int]], list[int]]:
-    """transformers' own greedy continuation, 24 tokens unless told otherwise."""
+    """transformers' own greedy continuation, 24 tokens unless told otherwise. BATON_TEST_DEVICE: where; see bench/gpu."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    device = os.environ.get("BATON_TEST_DEVICE", "cpu")
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
 
     def run(prompt: list[int], num_tokens: int = 24) -> list[int]:
         with torch.no_grad():
             ids = reference.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                torch.tensor([prompt], device=device),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=device),
                 max_new_tokens=num_tokens,
                 min_new_tokens=num_tokens,
                 do_sample=False,

@@ -50,8 +50,8 @@ def decode(runner: TorchRunner, prompt: list[int], blocks: np.ndarray) -> list[i
     for _ in range(8):
         [draw] = runner.run([ChunkItem(KEY, tokens, len(tokens) - 1, len(tokens), table, True, SamplingParams(), len(prompt))])
         assert draw is not None
-        tokens.append(draw.token_id)
-        if draw.token_id in runner.info.eos_token_ids:
+        tokens.extend(draw.token_ids)
+        if draw.token_ids[0] in runner.info.eos_token_ids:
             break
     return list(tokens[len(prompt) :])
 

@@ -122,7 +122,7 @@ async def test_cancel_during_a_step_ends_at_its_end():
         gate.open.set()
         await consumer.until(lambda: bool(consumer.ends()))
         (end,) = consumer.ends()
-        assert (end.reason, end.output_tokens) == (EndReason.CANCELLED, 1)
+        assert (end.reason, end.output_tokens) == (EndReason.CANCELLED, bench.runner.tokens_per_step)
         assert bench.blocks.counts().used == 0
 
 

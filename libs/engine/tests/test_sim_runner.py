@@ -3,14 +3,15 @@ from array import array
 
 import numpy as np
 import pytest
-from baton_engine.api import SamplingParams, SequenceKey
+from baton_engine.api import EndReason, SamplingParams, SequenceKey
 from baton_engine.errors import ProfileError, StepFailed
 from baton_engine.pool import KvPool
 from baton_engine.runner import ChunkItem, StepLoad
+from baton_engine.scheduler import SchedulerLimits
 from baton_engine.sim_pattern import expected_block_bytes, states
 from baton_engine.sim_profile import load_profile
 from baton_engine.sim_runner import SimRunner, expected_next_token
-from baton_engine.virtual import VirtualClock, tokens_of
+from baton_engine.virtual import VirtualClock, request_of, tokens_of, virtual_engine
 
 KEY = SequenceKey("a", 1)
 
@@ -65,7 +66,7 @@ def test_drawn_token_depends_on_the_sequence_alone():
     tokens = tokens_of(9)
     alone = runner.run([item(tokens, 0, 9, [0, 1, 2])])[0]
     batch = runner.run([item(tokens_of(3, 5), 0, 3, [5], SequenceKey("b", 1)), item(tokens, 0, 9, [8, 9, 10], SequenceKey("c", 1))])
-    assert alone.token_id == batch[1].token_id == expected_next_token(runner, tokens)
+    assert alone.token_ids[0] == batch[1].token_ids[0] == expected_next_token(runner, tokens)
 
 
 def test_foreign_bytes_are_noticed_and_nothing_is_written():
@@ -114,7 +115,7 @@ def test_kv_of_a_later_sequence_under_the_same_tokens_is_right():
     tokens = tokens_of(9)
     for index in range(2):
         pool.data[index + 10] = expected_block_bytes(runner.layout, tokens, index)
-    assert runner.run([item(tokens, 8, 9, [10, 11, 2])])[0].token_id == expected_next_token(runner, tokens)
+    assert runner.run([item(tokens, 8, 9, [10, 11, 2])])[0].token_ids[0] == expected_next_token(runner, tokens)
 
 
 def test_step_takes_the_predicted_time():
@@ -172,3 +173,34 @@ def test_unusable_folder_names_the_file(tmp_path, name, content):
         (tmp_path / name).write_text(content)
     with pytest.raises(ProfileError, match=name):
         bound_runner(model_path=tmp_path)
+
+
+def test_several_tokens_of_one_step_are_those_of_as_many_steps():
+    """8 tokens at a time, and at the end fewer: the same tokens and the same bytes as one by one."""
+    results = []
+    for profile in ("instant", "polynomial"):  # 8 tokens a step, and 1
+        bench = virtual_engine(64, profile, limits=SchedulerLimits(block_tokens=16))
+        for name, prompt, max_tokens in (("a", 5, 30), ("b", 16, 9), ("c", 31, 1)):
+            bench.engine.add(request_of(name, tokens_of(prompt, prompt), max_tokens=max_tokens))
+        bench.run()
+        prompt = [*tokens_of(5, 5), *bench.tokens("a")]
+        bench.engine.add(request_of("later", array("I", prompt), max_tokens=20))  # verifies the bytes of all that is cached
+        bench.run()
+        assert bench.end("later").cached_tokens == 32
+        results.append(([bench.tokens(name) for name in ("a", "b", "c", "later")], len(bench.outputs)))
+    assert results[0][0] == results[1][0]
+    assert [len(tokens) for tokens in results[0][0]] == [30, 9, 1, 20]
+    assert results[0][1] * 4 < results[1][1]
+
+
+def test_a_stop_token_in_the_middle_of_a_step_is_the_last_token():
+    bench = virtual_engine(64, "instant", limits=SchedulerLimits(block_tokens=16))
+    bench.engine.add(request_of("a", tokens_of(5), max_tokens=30))
+    bench.run()
+    tokens = bench.tokens("a")
+    stop = next(token for index, token in enumerate(tokens) if index % 8 == 3 and token not in tokens[:index])
+    bench.engine.add(request_of("b", tokens_of(5), max_tokens=30, sampling=SamplingParams(stop_token_ids=frozenset({stop}))))
+    bench.run()
+    assert bench.tokens("b") == tokens[: tokens.index(stop) + 1]
+    assert (bench.end("b").reason, bench.end("b").stop_token_id) == (EndReason.STOP, stop)
+    assert bench.end("b").output_tokens == tokens.index(stop) + 1

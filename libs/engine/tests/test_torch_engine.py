@@ -1,5 +1,9 @@
-"""The real engine over the torch runner: scheduler, block manager and model together, against generate()."""
+"""The real engine over the torch runner: scheduler, block manager and model together, against generate().
 
+BATON_TEST_DEVICE=cuda: both there.
+"""
+
+import os
 import random
 from array import array
 from collections import defaultdict
@@ -19,6 +23,7 @@ from baton_engine.testing import make_random_model  # noqa: E402
 from baton_engine.torch_runner import TorchRunner  # noqa: E402
 from baton_runtime.hashing import block_hashes, cache_root  # noqa: E402
 
+DEVICE = os.environ.get("BATON_TEST_DEVICE", "cpu")
 BLOCK = 16
 LENGTHS = (1, 2, 15, 16, 17, 18, 33, 47, 100, 200)
 NUM_NEW = 12
@@ -28,7 +33,7 @@ class Bench:
     """One engine and what came out of it."""
 
     def __init__(self, folder: Path, num_blocks: int = 128, max_chunk_tokens: int = 48) -> None:
-        runner = TorchRunner(folder, block_tokens=BLOCK, num_threads=1)
+        runner = TorchRunner(folder, block_tokens=BLOCK, device=DEVICE, num_threads=1)
         pool = KvPool(np.zeros((num_blocks, runner.layout.block_bytes), np.uint8), runner.layout)
         self.engine = PagedEngine(runner, pool, limits=SchedulerLimits(BLOCK, max_chunk_tokens=max_chunk_tokens))
         pool.data[:] = 0xFF  # NaN: nothing that was never written may matter
@@ -72,11 +77,11 @@ def prompts() -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def wanted(folder: Path, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
 
     def generate(prompt: list[int]) -> list[int]:
         settings = {"max_new_tokens": NUM_NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
 
     return {name: generate(prompt) for name, prompt in prompts.items()}

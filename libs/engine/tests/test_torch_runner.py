@@ -1,5 +1,6 @@
-"""The torch runner against transformers' own generate(), token for token."""
+"""The torch runner against transformers' own generate(), token for token. BATON_TEST_DEVICE=cuda: both on that device."""
 
+import os
 import random
 from array import array
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,9 @@ from baton_engine.runner import ChunkItem, StepLoad  # noqa: E402
 from baton_engine.testing import make_random_model  # noqa: E402
 from baton_engine.torch_pool import TorchPool  # noqa: E402
 from baton_engine.torch_runner import TorchRunner  # noqa: E402
+from baton_runtime.errors import ConfigError  # noqa: E402
 
+DEVICE = os.environ.get("BATON_TEST_DEVICE", "cpu")
 BLOCK = 16
 NUM_BLOCKS = 128
 LENGTHS = (1, 15, 16, 17, 33, 47, 100, 200)
@@ -39,7 +42,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_runner(folder: Path, num_blocks: int = NUM_BLOCKS) -> TorchRunner:
-    runner = TorchRunner(folder, block_tokens=BLOCK, num_threads=1)
+    runner = TorchRunner(folder, block_tokens=BLOCK, device=DEVICE, num_threads=1)
     data = np.zeros((num_blocks, runner.layout.block_bytes), np.uint8)
     runner.bind(KvPool(data, runner.layout))
     assert not data.any()  # warm-up leaves nothing behind
@@ -58,9 +61,9 @@ def prompts() -> list[list[int]]:
 
 
 def generate(folder: Path, prompt: list[int], num_new: int = NUM_NEW) -> list[int]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     settings = {"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False, "pad_token_id": 0}
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=DEVICE)
     return model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=None, **settings)[0, len(prompt) :].tolist()
 
 
@@ -125,7 +128,7 @@ class Hand:
             sequence.done = end
             assert (result is not None) == item.draws
             if result is not None:
-                sequence.tokens.append(result.token_id)
+                sequence.tokens.extend(result.token_ids)
                 self.grow(sequence)
 
     def finish(self, sequences: Sequence[Sequence_], num_new: int = NUM_NEW) -> list[list[int]]:
@@ -210,7 +213,7 @@ def test_a_copied_pool_on_another_device_gives_the_same_tokens(llama: Path, llam
         runner = make_runner(llama)
         assert runner._pool is not None
         data = np.zeros((NUM_BLOCKS, runner.layout.block_bytes), np.uint8)
-        runner._pool = TorchPool(KvPool(data, runner.layout), torch.device("cpu"), mirrored=True)
+        runner._pool = TorchPool(KvPool(data, runner.layout), torch.device(DEVICE), mirrored=True)
         return Hand(runner)
 
     source, sink = mirrored(), mirrored()
@@ -243,6 +246,7 @@ def test_damaged_kv_fails_only_the_guilty_sequence(llama: Path, llama_wanted: li
     good, bad = hand.add(prompts()[4]), hand.add(prompts()[5])
     hand.step([(good, 32), (bad, 46)])
     host(hand.runner)[bad.table[0]] = NAN_BYTE
+    hand.runner.forget(bad.key)  # a device that has a copy takes what is in the host's block, as after a pull
     with pytest.raises(StepFailed) as failure:
         hand.step([(bad, 47), (good, 33)])
     assert failure.value.keys == {bad.key}
@@ -264,19 +268,19 @@ def test_logprobs_are_those_of_the_whole_model(llama: Path) -> None:
         len(prompt),
     )
     [draw] = hand.runner.run([item])
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).to(DEVICE)
     with torch.no_grad():
-        logprobs = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        logprobs = model(torch.tensor([prompt], device=DEVICE)).logits[0, -1].log_softmax(-1)
     assert draw is not None
-    assert draw.token_id == 5
-    assert draw.logprobs is not None
-    assert draw.logprobs.logprob == pytest.approx(float(logprobs[5]), abs=1e-4)
-    assert list(draw.logprobs.top_token_ids) == logprobs.topk(3).indices.tolist()
-    assert list(draw.logprobs.top_logprobs) == pytest.approx(logprobs.topk(3).values.tolist(), abs=1e-4)
+    assert list(draw.token_ids) == [5]
+    [found] = draw.logprobs
+    assert found.logprob == pytest.approx(float(logprobs[5]), abs=1e-4)
+    assert list(found.top_token_ids) == logprobs.topk(3).indices.tolist()
+    assert list(found.top_logprobs) == pytest.approx(logprobs.topk(3).values.tolist(), abs=1e-4)
 
 
 def test_bfloat16_pool_holds_the_models_keys(tmp_path: Path) -> None:
-    runner = TorchRunner(make_random_model(tmp_path), block_tokens=BLOCK, dtype="bfloat16", num_threads=1)
+    runner = TorchRunner(make_random_model(tmp_path), block_tokens=BLOCK, device=DEVICE, dtype="bfloat16", num_threads=1)
     runner.bind(KvPool(np.zeros((NUM_BLOCKS, runner.layout.block_bytes), np.uint8), runner.layout))
     assert runner._pool is not None
     assert runner._pool.tensor.dtype == torch.bfloat16
@@ -295,6 +299,14 @@ def test_predictions_are_positive_after_bind_and_never_fall_with_load(llama: Pat
     assert runner.predict_s(StepLoad().plus(0, 16).plus(9, 10)) >= small
 
 
+@pytest.mark.parametrize(
+    ("device", "why"), [("cpux", "not a device"), ("meta", "meta is not supported"), ("cuda:99", "torch .* sees")], ids=str
+)
+def test_device_that_is_not_there_is_refused_by_name(llama: Path, device: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"^device: .*{why}"):
+        TorchRunner(llama, device=device)
+
+
 def test_pool_of_another_layout_is_refused(llama: Path) -> None:
     runner = TorchRunner(llama, block_tokens=32)
     other = TorchRunner(llama, block_tokens=16).layout
@@ -303,7 +315,7 @@ def test_pool_of_another_layout_is_refused(llama: Path) -> None:
 
 
 def test_pool_that_does_not_fit_with_the_model_is_refused(llama: Path) -> None:
-    runner = TorchRunner(llama, num_threads=1)
+    runner = TorchRunner(llama, device=DEVICE, num_threads=1)
     huge = np.broadcast_to(np.zeros((1, runner.layout.block_bytes), np.uint8), (1 << 40, runner.layout.block_bytes))
     with pytest.raises(ModelTooLarge, match="KV pool"):
         runner.bind(KvPool(huge, runner.layout))

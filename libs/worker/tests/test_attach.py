@@ -97,21 +97,21 @@ def test_tokens_of_a_step_leave_in_one_frame_and_the_end_after_the_last(rig: Rig
     assert rig.model.finished[A1].reason == pb.FINISH_REASON_STOP
 
 
-def test_beyond_two_unacknowledged_frames_columns_are_merged(rig: Rig) -> None:
+def test_beyond_three_unacknowledged_frames_columns_are_merged(rig: Rig) -> None:
     rig.start(start_message(0, "a"))
-    for _ in range(2):
+    for _ in range(3):
         rig.control.step()
         assert rig.frame() is not None
     rig.control.step(num_steps=5)
     assert rig.frame() is None
     assert rig.session.next_frame(BEAT, rig.now) is None
     rig.ack()
-    assert positions(rig.frame()) == [2, 3, 4, 5, 6]
+    assert positions(rig.frame()) == [3, 4, 5, 6, 7]
 
 
 def test_beats_go_on_while_the_window_is_closed_and_carry_nothing(rig: Rig) -> None:
     rig.start(start_message(0, "a"))
-    for _ in range(3):
+    for _ in range(4):
         rig.control.step()
         rig.frame()
     beat = rig.session.next_frame(BEAT, rig.now + 0.25)

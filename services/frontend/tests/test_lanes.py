@@ -64,7 +64,7 @@ def test_each_slot_gets_its_token() -> None:
 def test_tokens_of_one_slot_in_one_frame_come_in_one_call_before_the_end() -> None:
     table = LaneTable()
     (a, lane_a), (b, lane_b) = opened(table), opened(table)
-    table.dispatch(frame((lane_a.slot, 0, 1), (lane_b.slot, 7, 9), (lane_a.slot, 1, 2), (lane_a.slot, 2, 3), finished=[lane_a.slot]))
+    table.dispatch(frame((lane_a.slot, 0, 1), (lane_a.slot, 1, 2), (lane_a.slot, 2, 3), (lane_b.slot, 7, 9), finished=[lane_a.slot]))
     assert a.calls == [("tokens", 0, [1, 2, 3], None), ("finished", pb.FINISH_REASON_LENGTH)]
     assert b.calls == [("tokens", 7, [9], None)]
 

@@ -17,6 +17,32 @@ async def test_short_and_long_texts_give_the_tokenizers_ids(tokenizer: Tokenizer
     assert encoded == [array("I", tokenizer.encode(t).ids) for t in (text, "x")]
 
 
+async def test_texts_of_one_turn_are_encoded_together_and_a_caller_may_leave(tokenizer: Tokenizer) -> None:
+    texts = [f"hello world {number} " * 20 for number in range(40)]
+    with WorkPool(num_threads=1, limit=1) as pool:  # one job, or most would be refused
+        prompts = PromptTokenizer(tokenizer, pool)
+        async with asyncio.TaskGroup() as group:
+            calls = [group.create_task(prompts.encode([text], add_special_tokens=False)) for text in texts]
+            await asyncio.sleep(0)
+            calls[3].cancel()
+        assert calls[3].cancelled()
+        for number, text in enumerate(texts):
+            if number != 3:
+                assert calls[number].result() == [array("I", tokenizer.encode(text, add_special_tokens=False).ids)]
+
+
+async def test_a_full_pool_refuses_what_came_together(tokenizer: Tokenizer) -> None:
+    release = threading.Event()
+    with WorkPool(num_threads=1, limit=1) as pool:
+        prompts = PromptTokenizer(tokenizer, pool)
+        running = asyncio.ensure_future(pool.run(lambda: release.wait(10)))
+        await asyncio.sleep(0)
+        calls = [prompts.encode(["hello world " * 40], add_special_tokens=False) for _ in range(4)]
+        assert all(isinstance(result, QueueFull) for result in await asyncio.gather(*calls, return_exceptions=True))
+        release.set()
+        assert await running
+
+
 async def test_stored_truncation_does_not_cut_a_prompt(tokenizer: Tokenizer) -> None:
     cutting = Tokenizer.from_str(tokenizer.to_str())
     cutting.enable_truncation(3)

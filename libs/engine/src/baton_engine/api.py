@@ -140,7 +140,8 @@ class BlocksReady:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What one step did. keys, positions and token_ids are columns of equal length."""
+    """What one step did. keys, positions and token_ids are columns of equal length, one entry per token; several tokens of a
+    sequence lie beside each other, in order."""
 
     step: int
     keys: list[SequenceKey] = field(default_factory=list)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from baton_engine.runner import ChunkItem
 
@@ -37,7 +38,9 @@ class Chunk:
     start: int
     end: int
     blocks: Tensor  # [ceil(end / block_tokens)], int64
-    mask: Tensor | None  # [end - start, end], 0 where attended, else -inf; None if start is 0: then it is plain causal
+    mask: Tensor | None  # [end - start, end], 0 where attended, else -inf; None if start is 0: then it is plain causal.
+    # In half precision on CUDA a CausalBias that says the same: FlashAttention takes no mask, and what takes one and grouped
+    # heads writes all scores to memory.
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def attend_for(device: torch.device) -> Attend:
     """The attention function for a device.
 
     Gather and SDPA for CPU and CUDA alike. On CUDA a kernel that reads blocks in place would be faster
-    (torch.nn.attention.varlen with a block table, or flashinfer); it belongs here. Nothing here has been run on CUDA.
+    (torch.nn.attention.varlen with a block table, or flashinfer); it belongs here.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {device.type} is not supported; supported are cpu, cuda")
@@ -130,8 +133,10 @@ def _decode_group(items: Sequence[ChunkItem], first: int, pool: Tensor) -> Decod
 
 def _chunk(item: ChunkItem, first: int, pool: Tensor) -> Chunk:
     blocks = torch.tensor(item.table[: _num_blocks(item, pool.shape[3])], dtype=torch.int64, device=pool.device)
-    mask = None
-    if item.start > 0:
+    mask: Tensor | None = None
+    if item.start > 0 and pool.is_cuda and pool.dtype != torch.float32:
+        mask = causal_lower_right(item.num_tokens, item.end)
+    elif item.start > 0:
         full = torch.full((item.num_tokens, item.end), -torch.inf, dtype=pool.dtype, device=pool.device)
         mask = full.triu_(item.start + 1)
     return Chunk(first, first + item.num_tokens, item.start, item.end, blocks, mask)

@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -58,7 +58,7 @@ class PagedEngine:
             raise InvalidArgument("limits.block_tokens", f"{limits.block_tokens} is not the pool's {self._block_tokens}")
         self._runner = runner
         self._clock = clock
-        self._scheduler = Scheduler(self.blocks, limits, runner.predict_s, clock)
+        self._scheduler = Scheduler(self.blocks, limits, runner.predict_s, clock, tokens_per_step=runner.tokens_per_step)
         self._plan = Plan()
         self._output = StepOutput(step=0)
         self._cancels: set[SequenceKey] = set()
@@ -79,7 +79,9 @@ class PagedEngine:
             raise InvalidArgument("key", "this attempt is in the engine already")
         state = SequenceState(request, self._num_added, self._clock(), array("I", request.token_ids))
         longest = min(self.info.max_model_tokens, self.pool.num_blocks * self._block_tokens + 1)
-        state.max_length = min(longest, request.num_prompt_tokens + request.sampling.max_tokens)
+        sampling = request.sampling
+        state.max_length = min(longest, request.num_prompt_tokens + sampling.max_tokens)
+        state.stops = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | self.info.eos_token_ids
         num_kv = request.num_kv_tokens
         state.hashes = block_hashes(request.cache_root, request.token_ids[:num_kv], self._hash_block_tokens, self._block_tokens)
         if request.work is not Work.WHOLE or self.blocks.has_table(request.key):
@@ -187,45 +189,46 @@ class PagedEngine:
         output.prefill_tokens = plan.load.prefill_tokens
         output.decode_sequences = plan.load.decode_sequences
         output.kv_tokens = sum(chunk.end for chunk in plan.chunks)
-        for chunk, draw in zip(plan.chunks, draws, strict=True):  # the engine's own cost per token: a few us, kept that low
+        for chunk, draw in zip(plan.chunks, draws, strict=True):
             self._advance(chunk, draw)
 
     @staticmethod
     def _item(chunk: Chunk) -> ChunkItem:
-        state = chunk.state
-        draws = not state.is_prefill_only and chunk.end == len(state.tokens)
+        state, start, end, draws = chunk
         request = state.request
-        return ChunkItem(state.key, state.tokens, chunk.start, chunk.end, state.table, draws, request.sampling, request.num_prompt_tokens)
+        return ChunkItem(request.key, state.tokens, start, end, state.table, draws, request.sampling, request.num_prompt_tokens)
 
     def _clear_unwritten(self, chunks: list[Chunk]) -> None:
         """Zero what a runner may read but nobody has written: it must be finite (see ModelRunner)."""
         block_tokens = self._block_tokens
-        for state, start, end in chunks:
+        for chunk in chunks:
+            state, start, kv_end = chunk.state, chunk.start, chunk.kv_end
             first_slot = start % block_tokens
             if not state.started and first_slot:  # a partial block that came by a pull: its tail is whatever was there
                 self._zero_slots(state.table[start // block_tokens], first_slot)
-            if end % block_tokens and end // block_tokens * block_tokens >= start:
-                self._zero_slots(state.table[end // block_tokens], 0)
+            # Blocks the step enters and does not fill for certain: how many tokens are drawn is not known yet.
+            for index in range(max(-(-start // block_tokens), chunk.end // block_tokens), -(-kv_end // block_tokens)):
+                self._zero_slots(state.table[index], 0)
 
     def _zero_slots(self, block: int, first_slot: int) -> None:
         layout = self.pool.layout
         self.pool.data[block].reshape(layout.num_planes, layout.block_tokens, layout.slot_bytes)[:, first_slot:] = 0
 
     def _advance(self, chunk: Chunk, draw: Draw | None) -> None:
-        state, output = chunk.state, self._output
+        state = chunk.state
         state.computed = chunk.end
         state.last_step = self._step
         if not state.started:
             state.started = True
-            output.started.append(state.key)
-        if chunk.end // self._block_tokens > state.published:
-            self._publish(state)
+            self._output.started.append(state.key)
+        if draw is not None:
+            self._append(state, draw)
+            return
+        self._publish(state)
         if state.is_prefill_only:
             self._announce(state)
             if state.remaining == 0:
                 self._end(state, EndReason.PREFILLED)
-        elif draw is not None:
-            self._append(state, draw)
 
     def _publish(self, state: SequenceState) -> None:
         for index in range(state.published, state.computed // self._block_tokens):
@@ -244,20 +247,29 @@ class PagedEngine:
             state.announced = end_block
 
     def _append(self, state: SequenceState, draw: Draw) -> None:
-        output, sampling, position = self._output, state.request.sampling, len(state.tokens) - state.request.num_prompt_tokens
-        token_id, logprobs = draw
-        state.tokens.append(token_id)
-        state.drawn += 1
-        output.keys.append(state.key)
-        output.positions.append(position)
-        output.token_ids.append(token_id)
-        if logprobs is not None:
-            output.logprobs.append(logprobs)
-        is_end = token_id in sampling.stop_token_ids or (token_id in self.info.eos_token_ids and not sampling.ignore_eos)
-        if is_end and position >= sampling.min_tokens:
-            self._end(state, EndReason.STOP, stop_token_id=token_id)
+        output, position = self._output, len(state.tokens) - state.request.num_prompt_tokens
+        token_ids, stop_token_id = self._until_stop(state, position, draw.token_ids)
+        count = len(token_ids)
+        state.tokens.extend(token_ids)
+        state.drawn += count
+        state.computed += count - 1
+        self._publish(state)
+        output.keys += [state.key] * count
+        output.positions += range(position, position + count)
+        output.token_ids += token_ids
+        output.logprobs += draw.logprobs[:count]
+        if stop_token_id is not None:
+            self._end(state, EndReason.STOP, stop_token_id=stop_token_id)
         elif len(state.tokens) >= state.max_length:
             self._end(state, EndReason.LENGTH)
+
+    def _until_stop(self, state: SequenceState, position: int, token_ids: Sequence[int]) -> tuple[Sequence[int], int | None]:
+        """The tokens up to and with the first that ends the sequence, and that one. position: of the first of them."""
+        if not state.stops.isdisjoint(token_ids):
+            for index, token_id in enumerate(token_ids):
+                if token_id in state.stops and position + index >= state.request.sampling.min_tokens:
+                    return token_ids[: index + 1], token_id
+        return token_ids, None
 
     def _end_guilty(self, chunks: list[Chunk], failure: StepFailed) -> None:
         """End the sequences a failed step names; nothing of the others was advanced, so they run again from where they were.
@@ -302,6 +314,6 @@ def check_request(request: EngineRequest, info: EngineInfo, pool_tokens: int) ->
     limit = min(info.max_model_tokens - 1, pool_tokens)
     if num_tokens >= info.max_model_tokens or num_needed > pool_tokens:
         raise SequenceTooLong(num_tokens, limit)
-    largest = int(np.frombuffer(request.token_ids, dtype=np.uint32).max())
+    largest = int(np.maximum.reduce(np.frombuffer(request.token_ids, dtype=np.uint32)))
     if largest >= info.vocab_size:
         raise InvalidArgument("token_ids", f"{largest} is not below the vocabulary's {info.vocab_size}")

@@ -12,10 +12,10 @@ from baton_engine.pool import BlockLayout, KvPool
 
 
 class ChunkItem(NamedTuple):
-    """One sequence's part of a step: compute KV of tokens [start, end), and draw the next token if `draws`.
+    """One sequence's part of a step: compute KV of tokens [start, end), then draw up to `draws` tokens.
 
     KV of tokens [0, start) lies in the blocks already. Token t lives in block table[t // block_tokens], slot
-    t % block_tokens; the table has at least ceil(end / block_tokens) entries, possibly more.
+    t % block_tokens; the table has at least ceil(kv_end / block_tokens) entries, possibly more.
     """
 
     key: SequenceKey
@@ -23,14 +23,19 @@ class ChunkItem(NamedTuple):
     start: int
     end: int
     table: Sequence[int]  # block ids in order. Not to be changed or kept: it grows later.
-    draws: bool  # end == len(token_ids): the next token is drawn from the logits of token end - 1
+    draws: int  # at most so many tokens are wanted: 0 unless end == len(token_ids); else 1 to the runner's tokens_per_step
     sampling: SamplingParams
     num_prompt_tokens: int
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in this step."""
+        """Tokens of token_ids computed in this step."""
         return self.end - self.start
+
+    @property
+    def kv_end(self) -> int:
+        """Tokens whose KV may lie in the blocks after the step: all but the last of those drawn is computed too."""
+        return self.end + max(0, self.draws - 1)
 
     @property
     def is_decode(self) -> bool:
@@ -39,7 +44,7 @@ class ChunkItem(NamedTuple):
 
     @property
     def position(self) -> int:
-        """Output position of the token drawn now."""
+        """Output position of the first token drawn now."""
         return len(self.token_ids) - self.num_prompt_tokens
 
 
@@ -70,10 +75,10 @@ class StepLoad(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A drawn token; logprobs if the sequence asked for them."""
+    """Tokens drawn one after another, at least one; logprobs of each if the sequence asked for them, else empty."""
 
-    token_id: int
-    logprobs: TokenLogprobs | None = None
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class ModelRunner(Protocol):
@@ -83,7 +88,7 @@ class ModelRunner(Protocol):
     shared memory and `bind` hands it over.
 
     Contracts:
-    - A run writes only slots [start, end) of its items' tables: other blocks are written by pulls at the same time.
+    - A run writes only slots [start, kv_end) of its items' tables: other blocks are written by pulls at the same time.
     - Slots at or beyond `end` are read only where masked out, but must be finite even so (softmax weight 0 times NaN is
       NaN). The engine zeroes a block, through the pool, before the first chunk that enters it without filling it, and the
       tail of a partial block that came by a pull. So a runner may read any slot of the sequence's own blocks up to block
@@ -93,6 +98,7 @@ class ModelRunner(Protocol):
 
     info: EngineInfo
     layout: BlockLayout
+    tokens_per_step: int  # tokens a sequence may be given in one step; more than 1 with speculative decoding and its like
 
     def bind(self, pool: KvPool) -> None:
         """Use this pool. Called once, before the first run, from the engine's thread or before it exists."""

@@ -38,11 +38,17 @@ class SchedulerLimits:
 
 
 class Chunk(NamedTuple):
-    """Compute tokens [start, end) of a sequence."""
+    """Compute tokens [start, end) of a sequence, then draw up to `draws` more."""
 
     state: SequenceState
     start: int
     end: int
+    draws: int
+
+    @property
+    def kv_end(self) -> int:
+        """As in ChunkItem."""
+        return self.end + max(0, self.draws - 1)
 
 
 @dataclass(slots=True)
@@ -64,8 +70,12 @@ class Scheduler:
         limits: SchedulerLimits,
         predict_s: Callable[[StepLoad], float],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        tokens_per_step: int = 1,
     ) -> None:
+        """tokens_per_step: tokens that a sequence may draw in one step."""
         self.limits = limits
+        self._tokens_per_step = tokens_per_step
         self._clock = clock
         self.running: dict[SequenceKey, SequenceState] = {}
         self.waiting: dict[SequenceKey, SequenceState] = {}
@@ -125,8 +135,7 @@ class Scheduler:
         """Choose the next step: all decoding sequences, then chunks of prompts by rank."""
         plan = Plan()
         for state in self._decoding():
-            if self._make_room(state, len(state.tokens), plan):
-                plan.chunks.append(Chunk(state, state.computed, len(state.tokens)))
+            self._add_chunk(state, len(state.tokens), plan)
         self._settle(plan)
         num_preempted = len(plan.preempted)
         self._add_prefills(plan)
@@ -188,6 +197,18 @@ class Scheduler:
             states.sort(key=lambda state: state.last_step)
         return states[: self.limits.max_batch_sequences]
 
+    def _add_chunk(self, state: SequenceState, end: int, plan: Plan) -> bool:
+        """Compute up to token `end`, and draw if that is the last one; False if there was no room and state itself had to go."""
+        num_tokens = len(state.tokens)
+        draws = 0
+        if end == num_tokens and not state.is_prefill_only:
+            draws = min(self._tokens_per_step, state.max_length - num_tokens)
+        chunk = Chunk(state, state.computed, end, draws)
+        if not self._make_room(state, chunk.kv_end, plan):
+            return False
+        plan.chunks.append(chunk)
+        return True
+
     def _make_room(self, state: SequenceState, end: int, plan: Plan) -> bool:
         """Grow state's table to hold `end` tokens, preempting the youngest if need be; False if state itself had to go."""
         if state.key not in self.running:
@@ -213,7 +234,7 @@ class Scheduler:
         """Drop chunks of sequences that were preempted after they had been chosen, and add up the rest."""
         if plan.preempted:
             plan.chunks = [chunk for chunk in plan.chunks if chunk.state.key in self.running]
-        plan.load = StepLoad.of((start, end) for _, start, end in plan.chunks)
+        plan.load = StepLoad.of((start, end) for _, start, end, _ in plan.chunks)
 
     def _add_prefills(self, plan: Plan) -> None:
         limits = self.limits
@@ -237,8 +258,7 @@ class Scheduler:
             # The first chunk always gets a little: a full batch of decoding sequences must not starve prompts.
             length = self._chunk_tokens(plan.load, state, budget, limit_s) or min(limits.block_tokens, state.remaining, budget)
             end = state.computed + length
-            if self._make_room(state, end, plan):
-                plan.chunks.append(Chunk(state, state.computed, end))
+            if self._add_chunk(state, end, plan):
                 plan.load = plan.load.plus(state.computed, end)
             budget -= length
 

@@ -25,6 +25,7 @@ class SequenceState:
     announced: int = 0  # PREFILL_ONLY: blocks below are announced, or the sink's own
     drawn: int = 0
     max_length: int = 0  # tokens at which the sequence ends with LENGTH
+    stops: frozenset[int] = frozenset()  # tokens that end it with STOP
     paused: bool = False
     started: bool = False
     last_step: int = 0

@@ -45,11 +45,15 @@ class SimModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SimProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long steps take. source: where the numbers come from. time_scale: factor on all times."""
+    """How long steps take. source: where the numbers come from. time_scale: factor on all times.
+
+    tokens_per_step: tokens a decoding sequence gets in one step, as with speculative decoding whose guesses all hold.
+    """
 
     description: str = ""
     source: str = ""
     time_scale: _AtLeastZero = 1.0
+    tokens_per_step: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     prefill_ms: PrefillTime = PrefillTime()
     decode_ms: DecodeTime = DecodeTime()
     model: SimModel = SimModel()

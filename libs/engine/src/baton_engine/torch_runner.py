@@ -1,4 +1,4 @@
-"""The torch engine's model: transformers definitions, our own KV blocks, our own sampling. CPU; CUDA is written, not run."""
+"""The torch engine's model: transformers definitions, our own KV blocks, our own sampling. CPU and CUDA."""
 
 import time
 from array import array
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baton_runtime.errors import ConfigError
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -59,11 +60,12 @@ class TorchRunner:
         dtype: of weights and KV; default float32 on CPU, else the stored one. num_threads: of torch in this whole process;
         default: torch's own choice.
 
-        Raises: ModelFolderError; ModelTooLarge if the weights alone do not fit; ValueError for an unknown device.
+        Raises: ModelFolderError; ModelTooLarge if the weights alone do not fit; ConfigError for a device that is not there.
         """
-        self._device = torch.device(device)
+        self._device = _usable_device(device)
         self.attend = attend_for(self._device)
         self._folder = folder = inspect_model_folder(model_path)
+        self.tokens_per_step = 1
         self.layout = block_layout(folder, block_tokens, dtype or ("float32" if self._device.type == "cpu" else None))
         self.info = engine_info(folder, max_model_tokens)
         self._refuse_too_large(num_blocks=0)
@@ -125,7 +127,7 @@ class TorchRunner:
         ).last_hidden_state[0]
         last = hidden[torch.tensor(plan.last_rows, device=self._device)]
         self._refuse_damaged(items, plan, last)
-        self._pool.store(plan.write_blocks, plan.write_slots)
+        self._pool.store(items)
         drawing = [i for i, item in enumerate(items) if item.draws]
         draws: list[Draw | None] = [None] * len(items)
         if drawing:
@@ -133,10 +135,10 @@ class TorchRunner:
             requests = [DrawRequest(items[i].sampling, items[i].token_ids, items[i].num_prompt_tokens) for i in drawing]
             for i, drawn in zip(drawing, draw(logits, requests, self.info.eos_token_ids), strict=True):
                 key, position = items[i].key, items[i].position
-                logprobs = None
+                logprobs: tuple[TokenLogprobs, ...] = ()
                 if drawn.logprob is not None:
-                    logprobs = TokenLogprobs(key, position, drawn.logprob, drawn.top_token_ids, drawn.top_logprobs)
-                draws[i] = Draw(drawn.token_id, logprobs)
+                    logprobs = (TokenLogprobs(key, position, drawn.logprob, drawn.top_token_ids, drawn.top_logprobs),)
+                draws[i] = Draw((drawn.token_id,), logprobs)
         return draws
 
     def _refuse_damaged(self, items: Sequence[ChunkItem], plan: StepPlan, last: Tensor) -> None:
@@ -151,8 +153,8 @@ class TorchRunner:
         raise StepFailed([items[i].key for i in damaged], "activations are not finite")
 
     def _refuse_too_large(self, num_blocks: int) -> None:
-        if self._device.type == "cpu":
-            memory_need(self._folder, self.layout, num_blocks).check(memory_limit_bytes())
+        limit = memory_limit_bytes() if self._device.type == "cpu" else _device_memory_bytes(self._device)
+        memory_need(self._folder, self.layout, num_blocks).check(limit)
 
     def _warm_up(self, pool: KvPool) -> None:
         """Observe steps of several shapes on throw-away tokens, then zero the blocks used."""
@@ -162,7 +164,7 @@ class TorchRunner:
 
         def item(start: int, end: int, number: int = 0) -> ChunkItem:
             key = SequenceKey(f"warm-up-{number}", 0)
-            return ChunkItem(key, token_ids[:end], start, end, table, True, SamplingParams(), tokens)
+            return ChunkItem(key, token_ids[:end], start, end, table, 1, SamplingParams(), tokens)
 
         shapes = [[item(0, min(tokens, 32))], [item(tokens - 1, tokens)]]
         self.run(shapes[0])  # the first step also pays for lazy starts; it is forgotten
@@ -180,3 +182,24 @@ class TorchRunner:
         for number in range(_WARM_UP_SEQUENCES):
             self.forget(SequenceKey(f"warm-up-{number}", 0))
         pool.data[: len(table)] = 0
+
+
+def _usable_device(name: str) -> torch.device:
+    """Raises: ConfigError if torch has no such device here, or the engine cannot use it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("device", f"{name!r} is not a device; write cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError("device", f"{device.type} is not supported; supported are cpu, cuda")
+    if device.type == "cuda" and not 0 <= (device.index or 0) < (num_devices := torch.cuda.device_count()):
+        raise ConfigError(
+            "device", f"{name} is not there: torch {torch.__version__} sees {num_devices} CUDA devices; choose another or cpu"
+        )
+    return device
+
+
+def _device_memory_bytes(device: torch.device) -> int:
+    """Device memory this process may have in all: what torch holds and what is free."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device)

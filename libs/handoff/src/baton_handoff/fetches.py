@@ -12,7 +12,7 @@ from baton_engine.api import EngineRequest
 from baton_engine.blocks import BlockManager
 from baton_runtime import semconv
 from baton_runtime.log import get_logger
-from baton_runtime.telemetry import context_from
+from baton_runtime.telemetry import context_from, is_sampled
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry, Counter
 
@@ -24,7 +24,7 @@ from baton_handoff.fetch_sink import FetchSinkBook, SinkFetch
 from baton_handoff.fetch_source import FetchSourceBook
 from baton_handoff.ids import FetchEnd, FetchOutcome, HandoffKey, PeerRef
 from baton_handoff.peers import Peers
-from baton_handoff.spans import PullTotals, is_sampled
+from baton_handoff.spans import PullTotals
 from baton_handoff.tag import KvShape
 from baton_handoff.transports.base import PullStats
 

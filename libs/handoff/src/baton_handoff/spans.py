@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from baton_runtime import semconv
 from baton_runtime.log import get_logger
-from baton_runtime.telemetry import context_from
+from baton_runtime.telemetry import context_from, is_sampled
 from opentelemetry.trace import Tracer
 
 from baton_handoff.ids import HandoffComplete, HandoffEnd, HandoffKey, Side
@@ -62,14 +62,6 @@ class PullTotals:
     def gigabytes_per_second(self) -> float:
         """While operations ran; 0 if none did."""
         return self.num_bytes / self.busy_s / 1e9 if self.busy_s > 0 else 0.0
-
-
-def is_sampled(traceparent: str) -> bool:
-    """Whether the last field of a W3C traceparent has the sampled bit."""
-    try:
-        return bool(int(traceparent.rpartition("-")[2], 16) & 1)
-    except ValueError:
-        return False
 
 
 class HandoffTrace:

@@ -4,11 +4,12 @@
                                                detached --2 s--> expired: everything cancelled, the session is forgotten
 
 The worker never waits for a frontend: tokens go into each sequence's OutputLog, a frame is "everything not sent yet", and at
-most two frames are unacknowledged. A sequence 256 tokens ahead of what was sent is paused in the engine until the frontend
+most three frames are unacknowledged. A sequence 256 tokens ahead of what was sent is paused in the engine until the frontend
 catches up. Contract: proto/baton/worker/v1/worker_service.proto; docs/worker.md.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,7 +36,7 @@ class AttachLimits:
     outlive a broken stream.
     """
 
-    window_frames: int = 2
+    window_frames: int = 3
     frame_bytes: int = 1 << 20
     ahead_tokens: int = 256
     beat_s: float = 0.2
@@ -298,15 +299,15 @@ class FrontendSession:
 
     # ---- down: what becomes of the sequences
 
-    def append(self, log: OutputLog, position: int, token_id: int) -> None:
-        """A token was drawn. A position out of order is the engine's fault and ends the sequence with ENGINE_ERROR."""
+    def append(self, log: OutputLog, position: int, token_ids: Sequence[int]) -> None:
+        """Tokens were drawn. A position out of order is the engine's fault and ends the sequence with ENGINE_ERROR."""
         if log.is_cancelled:
             return
         if position != log.end:
             return self._end_live(log, pb.FINISH_REASON_ENGINE_ERROR)
         if position == log.start:
             self._control.first_token(log.key)
-        log.append(token_id)
+        log.append(token_ids)
         self._dirty[log] = None
         if log.end - log.sent >= self._limits.ahead_tokens and not log.is_paused:
             log.is_paused = True

@@ -18,12 +18,13 @@ from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import EndReason, Engine, EngineRequest, SequenceEnd, SequenceKey, StepOutput, Work
 from baton_handoff.ids import FetchEnd, FetchHint, HandoffComplete, HandoffEnd, PeerRef
 from baton_runtime.errors import BatonError, Draining, InvalidArgument
+from baton_runtime.telemetry import is_sampled
 from opentelemetry.trace import Tracer
 
 from baton_worker.cancels import CancelPhase, CancelTimes
 from baton_worker.ends import FINISH_OF_END, error_detail, error_end
 from baton_worker.metrics import WorkerMetrics
-from baton_worker.spans import AttemptSpans, is_sampled
+from baton_worker.spans import AttemptSpans
 from baton_worker.starts import CheckedStart, StartLimits, check_start
 
 # What the other side of a handoff is told, for its log.

@@ -1,5 +1,7 @@
 """All frontends attached to this worker: one session per incarnation, and whose sequence a token belongs to."""
 
+from itertools import groupby
+
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import SequenceKey, StepOutput
 from baton_runtime.errors import InvalidArgument
@@ -60,10 +62,13 @@ class Frontends:
     def on_output(self, output: StepOutput) -> None:
         """Tokens of one step. Those of sequences that are over are dropped. Ends come through `end`, after this."""
         routes = self._routes
-        for key, position, token_id in zip(output.keys, output.positions, output.token_ids, strict=True):
+        start = 0
+        for key, run in groupby(output.keys):
+            end = start + sum(1 for _ in run)
             route = routes.get(key)
             if route is not None:
-                route[0].append(route[1], position, token_id)
+                route[0].append(route[1], output.positions[start], output.token_ids[start:end])
+            start = end
         for logprobs in output.logprobs:
             route = routes.get(logprobs.key)
             if route is not None:

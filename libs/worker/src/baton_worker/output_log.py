@@ -3,7 +3,7 @@
 import sys
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import SequenceKey, TokenLogprobs
@@ -73,10 +73,10 @@ class OutputLog:
         """Whether any token here has them."""
         return bool(self._logprobs)
 
-    def append(self, token_id: int) -> None:
-        """The token at position `end`."""
-        self._tokens.append(token_id)
-        self.end += 1
+    def append(self, token_ids: Sequence[int]) -> None:
+        """The tokens from position `end` on."""
+        self._tokens.extend(token_ids)
+        self.end += len(token_ids)
 
     def append_logprobs(self, logprobs: TokenLogprobs) -> None:
         """Of a token appended before or after; positions rise."""

@@ -19,11 +19,6 @@ _QUEUE = {
 _GOOD_ENDS = (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_PREFILLED, pb.FINISH_REASON_CANCELLED)
 
 
-def is_sampled(traceparent: str) -> bool:
-    """Whether spans under this W3C traceparent would be recorded; saves the cost of noting them where not."""
-    return len(traceparent) == 55 and traceparent[-1] in "13579bdf"
-
-
 def outcome(reason: "pb.FinishReason") -> str:
     """ "stop" for FINISH_REASON_STOP."""
     return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()

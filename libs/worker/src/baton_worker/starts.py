@@ -64,10 +64,10 @@ def check_start(start: pb.Start, limits: StartLimits) -> CheckedStart:
 
     Raises: InvalidArgument (SequenceTooLong) naming the field of Start; UnsupportedWork.
     """
-    _require(0 < len(start.request_id) <= MAX_REQUEST_ID_BYTES, "request_id", f"must have 1 to {MAX_REQUEST_ID_BYTES} characters")
+    _require(0 < len(start.request_id) <= MAX_REQUEST_ID_BYTES, "request_id", "must have 1 to %d characters", MAX_REQUEST_ID_BYTES)
     _require(start.attempt >= 1, "attempt", "must be at least 1")
-    _require(start.priority in (pb.PRIORITY_INTERACTIVE, pb.PRIORITY_BATCH), "priority", f"{start.priority} is not a class")
-    _require(len(start.cache_root) == HASH_BYTES, "cache_root", f"has {len(start.cache_root)} bytes instead of {HASH_BYTES}")
+    _require(start.priority in (pb.PRIORITY_INTERACTIVE, pb.PRIORITY_BATCH), "priority", "%d is not a class", start.priority)
+    _require(len(start.cache_root) == HASH_BYTES, "cache_root", "has %d bytes instead of %d", len(start.cache_root), HASH_BYTES)
     work, peer = _work(start, limits)
     token_ids = _token_ids(start, limits, work)
     num_delivered = len(token_ids) - start.num_prompt_tokens
@@ -90,8 +90,8 @@ def check_sampling(sampling: pb.Sampling, vocab_size: int, num_delivered: int) -
 
     Raises: InvalidArgument naming the field.
     """
-    _require(sampling.max_tokens > num_delivered, "sampling.max_tokens", f"{sampling.max_tokens} with {num_delivered} delivered already")
-    _require(sampling.min_tokens <= sampling.max_tokens, "sampling.min_tokens", f"{sampling.min_tokens} is above max_tokens")
+    _require(sampling.max_tokens > num_delivered, "sampling.max_tokens", "%d with %d delivered already", sampling.max_tokens, num_delivered)
+    _require(sampling.min_tokens <= sampling.max_tokens, "sampling.min_tokens", "%d is above max_tokens", sampling.min_tokens)
     _in_range("sampling.temperature", sampling.temperature, 0.0, 2.0)
     _in_range("sampling.top_p", sampling.top_p, 0.0, 1.0)
     _in_range("sampling.min_p", sampling.min_p, 0.0, 1.0)
@@ -100,14 +100,16 @@ def check_sampling(sampling: pb.Sampling, vocab_size: int, num_delivered: int) -
     _require(
         math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty >= 0.0,
         "sampling.repetition_penalty",
-        f"{sampling.repetition_penalty} is not a positive number",
+        "%s is not a positive number",
+        sampling.repetition_penalty,
     )
-    _require(sampling.top_logprobs <= MAX_TOP_LOGPROBS, "sampling.top_logprobs", f"{sampling.top_logprobs} is above {MAX_TOP_LOGPROBS}")
-    _require(len(sampling.stop_token_ids) <= MAX_STOP_TOKENS, "sampling.stop_token_ids", f"more than {MAX_STOP_TOKENS}")
-    _check_ids("sampling.stop_token_ids", sampling.stop_token_ids, vocab_size)
-    _require(len(sampling.logit_bias) <= MAX_LOGIT_BIASES, "sampling.logit_bias", f"more than {MAX_LOGIT_BIASES}")
-    _check_ids("sampling.logit_bias", sampling.logit_bias, vocab_size)
-    _require(all(map(math.isfinite, sampling.logit_bias.values())), "sampling.logit_bias", "values must be finite")
+    _require(sampling.top_logprobs <= MAX_TOP_LOGPROBS, "sampling.top_logprobs", "%d is above %d", sampling.top_logprobs, MAX_TOP_LOGPROBS)
+    stop_token_ids, logit_bias = frozenset(sampling.stop_token_ids), dict(sampling.logit_bias)
+    _require(len(sampling.stop_token_ids) <= MAX_STOP_TOKENS, "sampling.stop_token_ids", "more than %d", MAX_STOP_TOKENS)
+    _check_ids("sampling.stop_token_ids", stop_token_ids, vocab_size)
+    _require(len(logit_bias) <= MAX_LOGIT_BIASES, "sampling.logit_bias", "more than %d", MAX_LOGIT_BIASES)
+    _check_ids("sampling.logit_bias", logit_bias, vocab_size)
+    _require(all(map(math.isfinite, logit_bias.values())), "sampling.logit_bias", "values must be finite")
     return SamplingParams(
         seed=sampling.seed,
         choice=sampling.choice,
@@ -118,12 +120,12 @@ def check_sampling(sampling: pb.Sampling, vocab_size: int, num_delivered: int) -
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
-        stop_token_ids=frozenset(sampling.stop_token_ids),
+        stop_token_ids=stop_token_ids,
         top_logprobs=sampling.top_logprobs if sampling.HasField("top_logprobs") else None,
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
         repetition_penalty=sampling.repetition_penalty or 1.0,
-        logit_bias=dict(sampling.logit_bias),
+        logit_bias=logit_bias,
     )
 
 
@@ -156,16 +158,16 @@ def _fetch_hint(start: pb.Start, work: Work) -> FetchHint | None:
 
 def _token_ids(start: pb.Start, limits: StartLimits, work: Work) -> "array[int]":
     size = len(start.token_ids)
-    _require(size > 0 and size % 4 == 0, "token_ids", f"{size} bytes are not a column of at least one u32")
+    _require(size > 0 and size % 4 == 0, "token_ids", "%d bytes are not a column of at least one u32", size)
     num_tokens = size // 4
-    _require(1 <= start.num_prompt_tokens <= num_tokens, "num_prompt_tokens", f"{start.num_prompt_tokens} of {num_tokens} tokens")
+    _require(1 <= start.num_prompt_tokens <= num_tokens, "num_prompt_tokens", "%d of %d tokens", start.num_prompt_tokens, num_tokens)
     _require(work is Work.WHOLE or num_tokens >= 2, "token_ids", "one token leaves nothing to hand over")
     longest = min(limits.info.max_model_tokens - 1, limits.pool_tokens)
     if num_tokens > longest:
         raise SequenceTooLong(num_tokens, longest)
     column = np.frombuffer(start.token_ids, dtype="<u4")
-    largest = int(column.max())
-    _require(largest < limits.info.vocab_size, "token_ids", f"{largest} is not below the vocabulary's {limits.info.vocab_size}")
+    largest = int(np.maximum.reduce(column))
+    _require(largest < limits.info.vocab_size, "token_ids", "%d is not below the vocabulary's %d", largest, limits.info.vocab_size)
     token_ids = array("I")
     token_ids.frombytes(column.astype(np.uint32, copy=False).tobytes())
     return token_ids
@@ -173,13 +175,14 @@ def _token_ids(start: pb.Start, limits: StartLimits, work: Work) -> "array[int]"
 
 def _check_ids(field: str, ids: Collection[int], vocab_size: int) -> None:
     largest = max(ids, default=0)
-    _require(largest < vocab_size, field, f"{largest} is not below the vocabulary's {vocab_size}")
+    _require(largest < vocab_size, field, "%d is not below the vocabulary's %d", largest, vocab_size)
 
 
 def _in_range(field: str, value: float, least: float, most: float) -> None:
-    _require(least <= value <= most, field, f"{value:g} is not in [{least:g}, {most:g}]")  # false for NaN
+    _require(least <= value <= most, field, "%g is not in [%g, %g]", value, least, most)  # false for NaN
 
 
-def _require(condition: bool, field: str, message: str) -> None:
+def _require(condition: bool, field: str, message: str, *values: object) -> None:
+    """message: %-format for values, so that nothing is formatted while all is well."""
     if not condition:
-        raise InvalidArgument(field, message)
+        raise InvalidArgument(field, message % values if values else message)

@@ -16,6 +16,7 @@ from baton_contracts.worker.v1 import worker_service_pb2_grpc as worker_grpc
 from baton_runtime.log import get_logger
 from baton_runtime.rpc import open_channel
 
+from baton_frontend.generation import ModelInfo
 from baton_frontend.lanes import Lane, LaneOwner, LaneTable
 from baton_frontend.placement import Role
 from baton_frontend.stream_io import StreamBroken, is_refused, is_task_cancelled, read_message, release_frames, write_message
@@ -23,6 +24,9 @@ from baton_frontend.stream_io import StreamBroken, is_refused, is_task_cancelled
 CONTRACT_VERSION = 1
 # A message of starts is cut here, so that a Cancel never waits behind many long prompts.
 START_BATCH_BYTES = 256 << 10
+# Frames after which an acknowledgement leaves for its own sake; otherwise it rides on what leaves anyway, or with the next tick. The
+# worker stops at three (docs/worker.md), so it need not wait. A message costs both sides as much as 50 to 100 tokens.
+ACK_FRAMES = 2
 STUCK_STEP_US, STUCK_FACTOR = 2_000_000, 4
 
 log = get_logger(__name__)
@@ -78,6 +82,7 @@ class AttachClient:
         self.incarnation = incarnation
         self.address = address
         self.instance: instance_pb2.Instance | None = None  # its record; None: known only from a placement
+        self.decodes: ModelInfo | None = None  # the model of its record, if it decodes
         self.is_listed = False  # discovery shows it now
         self.is_attached = False
         self.is_fenced = False
@@ -93,7 +98,7 @@ class AttachClient:
         self._break = asyncio.Event()
         self._break_reason = ""
         self._session_number = 0
-        self._frame = 0
+        self._frame = self._acked_frame = 0
         self._last_heard = self._broken_since = self._last_sent = clock()
 
     # --- what others ask
@@ -143,7 +148,7 @@ class AttachClient:
             if now - self._last_heard >= self._times.fence_s:
                 self._fence("silent")
                 self.break_session("silent")
-            elif now - self._last_sent >= self._times.beat_s:
+            elif self._frame > self._acked_frame or now - self._last_sent >= self._times.beat_s:
                 self._wake.set()
         elif not self.is_fenced and now - self._broken_since >= self._times.fence_s:
             self._fence("not_back")
@@ -234,7 +239,7 @@ class AttachClient:
     def _hello(self) -> worker_pb2.AttachHello:
         """A new session starts clean: cancelled lanes are not listed, so the worker ends them, and their slots are free."""
         self._session_number += 1
-        self._frame = 0
+        self._frame = self._acked_frame = 0
         self._cancels.clear()
         resumes = []
         for lane in self._lanes.lanes():
@@ -260,8 +265,8 @@ class AttachClient:
             self._last_heard = self._clock()
             if self._is_sound(frame.beat):
                 self._lanes.dispatch(frame)
-            if frame.frame > self._frame:
-                self._frame = frame.frame
+            self._frame = max(self._frame, frame.frame)
+            if self._frame - self._acked_frame >= ACK_FRAMES:
                 self._wake.set()
             frame = await read_message(call)
 
@@ -289,6 +294,7 @@ class AttachClient:
                 self._wake.set()
 
     def _next_message(self, cancels: list[worker_pb2.Cancel]) -> worker_pb2.AttachRequest:
+        self._acked_frame = self._frame
         message = worker_pb2.AttachRequest(ack_frame=self._frame, cancels=cancels)
         num_bytes = 0
         while self._unsent and num_bytes < START_BATCH_BYTES:

@@ -33,7 +33,8 @@ class ChatTemplate:
         Raises: jinja2.TemplateSyntaxError.
         """
         self._template = _environment().from_string(source)
-        self._special_tokens = dict(special_tokens)
+        # All names a template sees but its messages; jinja would merge its own with ours at every rendering.
+        self._names = {**self._template.globals, **special_tokens, "tools": None, "documents": None}
 
     def render(self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool, variables: Mapping[str, object]) -> str:
         """The prompt text. variables: further names for the template (chat_template_kwargs).
@@ -42,9 +43,9 @@ class ChatTemplate:
         """
         if taken := _RESERVED.intersection(variables):
             raise TemplateRefused(f"{sorted(taken)[0]!r} is set by the server")
-        names = {**self._special_tokens, "tools": None, "documents": None, **variables}
+        names = {**self._names, **variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+            return "".join(self._template.root_render_func(self._template.new_context(names, shared=True)))
         except jinja2.TemplateError as error:
             raise TemplateRefused(str(error)) from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:

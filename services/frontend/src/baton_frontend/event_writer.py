@@ -8,6 +8,7 @@ merge it, until the buffer has drained (`drained`) or a limit is reached: then t
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from aiohttp import web
@@ -16,10 +17,11 @@ from aiohttp.http import HttpVersion11
 SLOW_BUFFER_BYTES = 64 * 1024  # asyncio's and uvloop's own high-water mark: pause_writing comes there too
 _SIZE_LINES = tuple(b"%x\r\n" % size for size in range(4096))
 _LAST_CHUNK = b"0\r\n\r\n"
+_STREAM_CONTENT = b"Content-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
 
 
 class DirectResponse(web.StreamResponse):
-    """A response whose bytes an EventWriter has written; aiohttp only learns whether the connection can be kept."""
+    """A response whose bytes were written here; aiohttp only learns whether the connection can be kept."""
 
     def __init__(self, keep_alive: bool) -> None:
         super().__init__()
@@ -33,6 +35,25 @@ class DirectResponse(web.StreamResponse):
         """Nothing to send."""
         self._eof_sent = True
         self._req = None
+
+
+def write_json(request: web.Request, body: bytes, headers: bytes) -> DirectResponse:
+    """Answer with 200 and a JSON body. headers: lines of ours, each ended by CRLF.
+
+    Half the cost of a `web.Response`, whose headers are put together one by one.
+    """
+    is_kept = request.version >= HttpVersion11 and request.keep_alive
+    head = _head(request, b"Content-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n" % len(body), headers, is_kept)
+    if request.transport is not None:  # else the client is gone
+        with contextlib.suppress(RuntimeError):  # uvloop: the transport is closed
+            request.transport.write(head + body)
+    return DirectResponse(is_kept)
+
+
+def _head(request: web.Request, content: bytes, headers: bytes, is_kept: bool) -> bytes:
+    version = b"HTTP/1.1" if request.version >= HttpVersion11 else b"HTTP/1.0"
+    closing = b"" if is_kept else b"Connection: close\r\n"
+    return b"".join((version, b" 200 OK\r\n", content, headers, closing, b"\r\n"))
 
 
 class EventWriter:
@@ -67,7 +88,8 @@ class EventWriter:
         self._write: Callable[[bytes], None] | None = None if self._transport is None else self._transport.write
         self._chunked = request.version >= HttpVersion11
         self.keep_alive = self._chunked and request.keep_alive
-        self._queued = self._head(headers)
+        content = _STREAM_CONTENT + (b"Transfer-Encoding: chunked\r\n" if self._chunked else b"")
+        self._queued = _head(request, content, headers, self.keep_alive)
         self._limit_bytes = limit_bytes
         self._on_slow = on_slow
         self._on_lost = on_lost
@@ -75,13 +97,6 @@ class EventWriter:
         self.is_slow = False
         self.is_lost = self._transport is None
         self.held_bytes = 0
-
-    def _head(self, headers: bytes) -> bytes:
-        framing = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
-        closing = b"" if self.keep_alive else b"Connection: close\r\n"
-        version = b"HTTP/1.1" if self._chunked else b"HTTP/1.0"
-        content = b"Content-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
-        return b"".join((version, b" 200 OK\r\n", content, headers, framing, closing, b"\r\n"))
 
     def queue(self, event: bytes) -> None:
         """Write an event together with what comes next."""

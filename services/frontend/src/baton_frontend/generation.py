@@ -117,5 +117,8 @@ class Generator(Protocol):
         Raises: BatonError (QueueFull, Draining, Unavailable, ...): refused at once, the sink is never called.
         """
 
+    def model(self, served_name: str) -> ModelInfo | None:
+        """One of `models`; None if no live worker serves it."""
+
     def models(self) -> list[ModelInfo]:
         """Models some live worker serves now; one entry per served name."""

@@ -119,36 +119,19 @@ class LaneTable:
         if not len(slots) == len(positions) == len(token_ids):
             raise StreamBroken(f"columns of {len(slots)}, {len(positions)} and {len(token_ids)} entries")
         logprobs = _logprobs(frame) if frame.logprobs else None
-        if logprobs is not None or len(set(slots)) != len(slots):
-            self._dispatch_merged(slots, positions, token_ids, logprobs)
-            return
-        get = self._lanes.get
-        for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
+        get, num_tokens, start = self._lanes.get, len(slots), 0
+        while start < num_tokens:
+            slot, end = slots[start], start + 1
+            while end < num_tokens and slots[end] == slot:  # several tokens of one slot lie beside each other and go out in one call
+                end += 1
             lane = get(slot)
             if lane is not None:
-                try:
-                    lane.owner.on_tokens(lane, position, (token_id,), None)
-                except Exception:  # as in _give
-                    self._owner_failed(lane)
-
-    def _dispatch_merged(self, slots: list[int], positions: list[int], token_ids: list[int], logprobs: _LogprobsByPosition | None) -> None:
-        """Several steps in one frame: what belongs to one slot goes out in one call."""
-        merged: dict[int, tuple[list[int], list[int]]] = {}
-        for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
-            columns = merged.get(slot)
-            if columns is None:
-                merged[slot] = ([position], [token_id])
-            else:
-                columns[0].append(position)
-                columns[1].append(token_id)
-        for slot, (at, ids) in merged.items():
-            lane = self._lanes.get(slot)
-            if lane is None:
-                continue
-            if at == list(range(at[0], at[0] + len(at))):
-                self._give(lane, at[0], ids, logprobs)
-            else:
-                lane.owner.on_gap(lane)
+                first = positions[start]
+                if end == start + 1 or positions[start:end] == list(range(first, first + end - start)):
+                    self._give(lane, first, token_ids[start:end], logprobs)
+                else:
+                    lane.owner.on_gap(lane)
+            start = end
 
     def _give(self, lane: Lane, first_position: int, token_ids: Sequence[int], logprobs: _LogprobsByPosition | None) -> None:
         try:

@@ -1,6 +1,7 @@
 """Prometheus metrics of the frontend. GenAI names of OpenTelemetry, with the prefix and separators of Prometheus."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from baton_runtime.metrics import HotHistogram, Series
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -21,9 +22,9 @@ class ClassMetrics:
     prompt_tokens: Counter
     cached_tokens: Counter
     output_tokens: Counter
-    time_to_first_token: Histogram
-    time_per_output_token: Histogram
-    request_duration: Histogram
+    time_to_first_token: Series
+    time_per_output_token: Series
+    request_duration: Series
     inter_token: Series
     tokens_per_event: Series
 
@@ -55,22 +56,18 @@ class FrontendMetrics:
         self.prompt_tokens = Counter("baton_prompt_tokens", "Prompt tokens of ended generations.", by_class, registry=registry)
         self.cached_tokens = Counter("baton_cached_prompt_tokens", "Of them, tokens whose KV was cached.", by_class, registry=registry)
         self.output_tokens = Counter("baton_output_tokens", "Tokens delivered.", by_class, registry=registry)
-        self.time_to_first_token = Histogram(
-            "baton_gen_ai_server_time_to_first_token_seconds",
-            "Request accepted to first token out.",
-            by_class,
-            buckets=_SECONDS,
-            registry=registry,
+        self.time_to_first_token = HotHistogram(
+            "baton_gen_ai_server_time_to_first_token_seconds", "Request accepted to first token out.", by_class, _SECONDS, registry
         )
-        self.time_per_output_token = Histogram(
+        self.time_per_output_token = HotHistogram(
             "baton_gen_ai_server_time_per_output_token_seconds",
             "(E2E - TTFT) / (output tokens - 1), per request of at least two tokens.",
             by_class,
-            buckets=_PER_TOKEN_SECONDS,
-            registry=registry,
+            _PER_TOKEN_SECONDS,
+            registry,
         )
-        self.request_duration = Histogram(
-            "baton_gen_ai_server_request_duration_seconds", "Request accepted to its end.", by_class, buckets=_SECONDS, registry=registry
+        self.request_duration = HotHistogram(
+            "baton_gen_ai_server_request_duration_seconds", "Request accepted to its end.", by_class, _SECONDS, registry
         )
         self.inter_token = HotHistogram(
             "baton_inter_token_seconds",
@@ -84,6 +81,9 @@ class FrontendMetrics:
         )
         self._of_class: dict[tuple[str, bool], ClassMetrics] = {}  # models are few: admission takes only known ones
         self.http_requests = Counter("baton_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=registry)
+        # Finding a labelled child takes the library longer than counting with it. Outcomes, routes and statuses are few.
+        self._ended_child = cache(self.requests.labels)
+        self._http_child = cache(lambda route, status: self.http_requests.labels(route, str(status)))
 
     def on_refused(self, reason: str) -> None:
         """A generation was refused at admission."""
@@ -98,9 +98,9 @@ class FrontendMetrics:
                 self.prompt_tokens.labels(*labels),
                 self.cached_tokens.labels(*labels),
                 self.output_tokens.labels(*labels),
-                self.time_to_first_token.labels(*labels),
-                self.time_per_output_token.labels(*labels),
-                self.request_duration.labels(*labels),
+                self.time_to_first_token.series(*labels),
+                self.time_per_output_token.series(*labels),
+                self.request_duration.series(*labels),
                 self.inter_token.series(*labels),
                 self.tokens_per_event.series(*labels),
             )
@@ -108,7 +108,7 @@ class FrontendMetrics:
 
     def on_end(self, of_class: ClassMetrics, end: GenerationEnd, ttft_s: float | None, tpot_s: float | None, duration_s: float) -> None:
         """A generation ended. ttft_s, tpot_s: None if there is none."""
-        self.requests.labels(outcome_of(end)).inc()
+        self._ended_child(outcome_of(end)).inc()
         if end.resumed:
             self.resumes.inc(end.resumed)
         of_class.prompt_tokens.inc(end.prompt_tokens)
@@ -122,7 +122,7 @@ class FrontendMetrics:
 
     def on_call_end(self, record: HttpRecord) -> None:
         """See `HttpObserver`."""
-        self.http_requests.labels(record.route, str(record.status)).inc()
+        self._http_child(record.route, record.status).inc()
 
 
 def outcome_of(end: GenerationEnd) -> str:

@@ -17,7 +17,7 @@ from baton_runtime.telemetry import context_from, traceparent
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from baton_frontend.event_writer import DirectResponse, EventWriter
+from baton_frontend.event_writer import DirectResponse, EventWriter, write_json
 from baton_frontend.generation import Generator, ModelInfo
 from baton_frontend.model_registry import LoadedModel, ModelRegistry
 from baton_frontend.openai_calls import PlannedCall, plan_chat, plan_completion
@@ -65,6 +65,10 @@ class HttpRecord:
         """By which the call is found again in logs and traces."""
         ids = {"X-Request-Id": self.request_id or secrets.token_hex(8)}
         return {**ids, "traceparent": self.traceparent} if self.traceparent else ids
+
+    def header_lines(self) -> bytes:
+        """As `headers`, each ended by CRLF."""
+        return "".join([f"{name}: {value}\r\n" for name, value in self.headers().items()]).encode()
 
 
 class HttpObserver(Protocol):
@@ -152,12 +156,12 @@ class OpenAIHandlers:
         }
 
     def _find(self, name: str) -> ModelInfo:
-        models = {info.served_name: info for info in self._generator.models()}
-        if (info := models.get(name)) is not None:
+        if (info := self._generator.model(name)) is not None:
             return info
+        models = self._generator.models()
         if not models:
             raise ApiError(503, "no model is served now: no worker has registered yet", code="no_model", retry_after_ms=1000)
-        known = ", ".join(sorted(models))
+        known = ", ".join(sorted(info.served_name for info in models))
         raise ApiError(404, f"model {name!r} does not exist; served: {known}", param="model", code="model_not_found")
 
     async def _answer(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
@@ -213,21 +217,24 @@ class OpenAIHandlers:
         return info, await self._registry.load(info)
 
     async def _read(self, request: web.Request) -> bytes:
-        limit = self._settings.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than {limit} bytes; send less", code="body_too_large")
-        if (request.content_length or 0) > limit:
-            raise too_large
+        if (request.content_length or 0) > self._settings.max_body_bytes:
+            raise self._too_large()
         try:
+            if request.content.is_eof():  # all of it is here: the usual case
+                return await request.read()
             async with asyncio.timeout(self._settings.body_timeout_s):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge as error:
-            raise too_large from error
+            raise self._too_large() from error
         except TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {self._settings.body_timeout_s:g} s", code="body_timeout") from error
         except (web.RequestPayloadError, web.HTTPBadRequest) as error:
             raise ApiError(400, "the body could not be read; check its length and encoding", code="invalid_body") from error
 
-    async def _collect(self, _: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._settings.max_body_bytes} bytes; send less", code="body_too_large")
+
+    async def _collect(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
         sinks = [CollectingSink(call, generation, planned.new_text(generation)) for generation in planned.generations]
         try:
@@ -246,7 +253,7 @@ class OpenAIHandlers:
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
         choices = [sink.as_json(index, form, planned.loaded.names) for index, sink in enumerate(sinks)]
         body = form.response(choices, usage, resumed, extra)
-        return web.Response(body=body, content_type="application/json", headers=record.headers())
+        return write_json(request, body, record.header_lines())
 
     async def _stream(self, request: web.Request, planned: PlannedCall, record: HttpRecord, context: Context) -> web.StreamResponse:
         call = Call()
@@ -281,8 +288,7 @@ class OpenAIHandlers:
             call.wake()
 
         limit = self._settings.slow_reader_limit_bytes
-        headers = "".join(f"{name}: {value}\r\n" for name, value in record.headers().items()).encode()
-        return EventWriter(request, headers, limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
+        return EventWriter(request, record.header_lines(), limit_bytes=limit, on_slow=call.wake, on_lost=on_lost)
 
     async def _follow(self, call: Call, writer: EventWriter, sinks: list[StreamSink]) -> None:
         """Wait for the end; the sinks write by themselves unless the reader is slow."""

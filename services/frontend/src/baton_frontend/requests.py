@@ -75,6 +75,7 @@ class RequestManager:
         self._idle = asyncio.Event()
         self._idle.set()
         self._next_route_check = 0.0
+        metrics.inflight.set_function(lambda: len(self._active))
         workers.observer = self
 
     # --- Generator
@@ -91,9 +92,12 @@ class RequestManager:
         active = ActiveRequest(self, request_id, generation, seed, model, sink, trace_context)
         self._active[request_id] = active
         self._idle.clear()
-        self.metrics.inflight.set(len(self._active))
         active.begin()
         return active
+
+    def model(self, served_name: str) -> ModelInfo | None:
+        """See `Generator`."""
+        return self.workers.model(served_name)
 
     def models(self) -> list[ModelInfo]:
         """See `Generator`."""
@@ -168,7 +172,6 @@ class RequestManager:
     def ended(self, active: ActiveRequest) -> None:
         """A request is over."""
         self._active.pop(active.request_id, None)
-        self.metrics.inflight.set(len(self._active))
         if not self._active:
             self._idle.set()
 

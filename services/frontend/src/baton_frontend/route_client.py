@@ -94,8 +94,8 @@ class RouterLink:
             self._wake.set()
 
     def end(self, query_id: int) -> None:
-        """The placement given for this question is over."""
-        self._hint(self._ended, query_id)
+        """The placement given for this question is over. The router hears of it with the next message, or tick."""
+        self._hint(self._ended, query_id, is_urgent=False)
 
     def path_down(self, prefill_incarnation: str, decode_incarnation: str) -> None:
         """This pair cannot reach each other."""
@@ -106,7 +106,9 @@ class RouterLink:
         self._hint(self._fenced, incarnation)
 
     def tick(self, now: float) -> None:
-        """Ask for a probe when open questions meet silence."""
+        """Ask for a probe when open questions meet silence; let go what waited for company."""
+        if self._ended:
+            self._wake.set()
         if self.is_live and self._open and now - self._last_heard >= self._times.probe_after_s:
             self._probe_wanted.set()
 
@@ -118,13 +120,14 @@ class RouterLink:
                 return  # as in AttachClient.run
             await asyncio.sleep(self._times.first_retry_s if was_live else self._times.retry_s)
 
-    def _hint(self, hints: list[Any], hint: object) -> None:
+    def _hint(self, hints: list[Any], hint: object, *, is_urgent: bool = True) -> None:
         if not self.is_live:
             return  # a router forgets a frontend whose stream ends
         hints.append(hint)
         if len(hints) > MAX_HINTS:
             del hints[0]
-        self._wake.set()
+        if is_urgent:
+            self._wake.set()
 
     async def _session(self) -> bool:
         channel = open_channel(self.address)

@@ -152,6 +152,10 @@ class Call:
 
     def usage(self) -> Usage:
         """Tokens of all choices. A prompt shared by several choices counts once."""
+        if len(self.choices) == 1:
+            (only,) = self.choices
+            cached = only.end.cached_tokens if only.end is not None else 0
+            return Usage(len(only.generation.prompt_token_ids), only.text.num_tokens, cached)
         prompts: dict[int, tuple[int, int]] = {}
         for choice in self.choices:
             prompt = choice.generation.prompt_token_ids

@@ -91,6 +91,10 @@ class FakeGenerator:
         self._tokens_per_step = tokens_per_step
         self._is_manual = is_manual
 
+    def model(self, served_name: str) -> ModelInfo | None:
+        """As given."""
+        return next((info for info in self._models if info.served_name == served_name), None)
+
     def models(self) -> list[ModelInfo]:
         """As given."""
         return list(self._models)

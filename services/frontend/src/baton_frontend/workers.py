@@ -69,6 +69,7 @@ class Workers:
             client = self._clients.get(incarnation) or self._add(incarnation, instance.grpc_address)
             if client is not None:
                 client.instance = instance
+                client.decodes = model_info(instance.model) if _decodes(instance) else None
         for client in self._clients.values():
             client.is_listed = client.incarnation in listed
 
@@ -155,18 +156,15 @@ class Workers:
         """
         found: dict[str, ModelInfo] = {}
         for client in self._clients.values():
-            if client.instance is not None and _decodes(client.instance) and not client.is_gone:
-                name = client.instance.model.served_name
-                if name not in found:
-                    found[name] = model_info(client.instance.model)
+            if client.decodes is not None and not client.is_gone:
+                found.setdefault(client.decodes.served_name, client.decodes)
         return list(found.values())
 
     def model(self, served_name: str) -> ModelInfo | None:
         """One of `models` by its name."""
         for client in self._clients.values():
-            instance = client.instance
-            if instance is not None and instance.model.served_name == served_name and _decodes(instance) and not client.is_gone:
-                return model_info(instance.model)
+            if client.decodes is not None and client.decodes.served_name == served_name and not client.is_gone:
+                return client.decodes
         return None
 
     def may_run_whole(self, incarnation: str) -> bool:

@@ -16,6 +16,7 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry, fleet: Fleet, index: BlockIndex) -> None:
         self._placements = Counter("baton_router_placements", "Queries answered, by result.", ["result"], registry=registry)
+        self._pairs, self._alone = self._placements.labels("pair"), self._placements.labels("decode_alone")
         self._select_s = Histogram("baton_router_select_seconds", "Time to choose, per query.", buckets=SELECT_BUCKETS_S, registry=registry)
         for name, text, read in (
             ("baton_router_index_blocks", "Block hashes in the index.", lambda: len(index)),
@@ -28,8 +29,7 @@ class RouterMetrics:
     def answered(self, answer: pb.Answer, duration_s: float) -> None:
         """One query was answered."""
         if answer.HasField("refusal"):
-            result = answer.refusal.reason.lower()
+            self._placements.labels(answer.refusal.reason.lower()).inc()
         else:
-            result = "pair" if answer.placement.HasField("prefill") else "decode_alone"
-        self._placements.labels(result).inc()
+            (self._pairs if answer.placement.HasField("prefill") else self._alone).inc()
         self._select_s.observe(duration_s)

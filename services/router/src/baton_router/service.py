@@ -10,7 +10,7 @@ from baton_contracts.router.v1 import router_service_pb2 as pb
 from baton_contracts.router.v1 import router_service_pb2_grpc as pb_grpc
 from baton_runtime import semconv
 from baton_runtime.streams import Outbox
-from baton_runtime.telemetry import Telemetry, context_from
+from baton_runtime.telemetry import Telemetry, context_from, is_sampled
 from opentelemetry.trace import Span
 
 from baton_router.fleet import Fleet
@@ -68,9 +68,12 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
     def _answer(self, query: pb.Query, placements: dict[int, int], now: float) -> pb.Answer:
         placement_id = next(self._placement_ids)
         started = time.perf_counter()
-        with self._telemetry.tracer.start_as_current_span(semconv.SPAN_ROUTER_SELECT, context_from(query.traceparent)) as span:
+        if is_sampled(query.traceparent):
+            with self._telemetry.tracer.start_as_current_span(semconv.SPAN_ROUTER_SELECT, context_from(query.traceparent)) as span:
+                answer = self._placer.place(query, placement_id, now)
+                _describe(span, query, answer)
+        else:  # a third of the time of a placement
             answer = self._placer.place(query, placement_id, now)
-            _describe(span, query, answer)
         if answer.HasField("placement"):
             placements[query.query_id] = placement_id
         self._metrics.answered(answer, time.perf_counter() - started)
@@ -78,8 +81,6 @@ class RouterServicer(pb_grpc.RouterServiceServicer):
 
 
 def _describe(span: Span, query: pb.Query, answer: pb.Answer) -> None:
-    if not span.is_recording():
-        return
     span.set_attribute(semconv.BATON_REQUEST_ID, query.request_id)
     span.set_attribute(semconv.BATON_ATTEMPT, query.attempt)
     span.set_attribute(semconv.BATON_PROMPT_TOKENS, query.num_tokens)
