@@ -12,13 +12,16 @@ HANDOFF_BENCHES := $(addprefix bench/,handoff_transports.py handoff_latency.py b
 UP ?=
 SOAK ?=
 STREAM ?=
+STREAMS ?=
+SPIKE ?=
+MEMORY ?=
 MODEL ?=
 FAULTS ?=
 MIXED ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
-	bench-handoff bench-stream bench-mixed plot-handoff ci clean
+	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -93,6 +96,15 @@ plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soa
 
 bench-mixed: $(VENV)/.ready ## chats alone and beside 16k-token summarisation jobs, in modelled time, on sim and on torch; a plot (ten minutes; MIXED="--parts sim")
 	$(BIN)/python bench/chat_beside_summaries.py $(MIXED)
+
+bench-streams: $(VENV)/.ready ## 50,000 concurrent streams on this host (three minutes, 4 GB, 20,000 open files; STREAMS="--streams 5000 --open-rate 500")
+	$(BIN)/python bench/streams.py $(STREAMS)
+
+bench-spike: $(VENV)/.ready ## 20,000 new streams within one second beside 100 running chats (two minutes; SPIKE="--streams 2000")
+	$(BIN)/python bench/spike.py $(SPIKE)
+
+bench-memory: $(VENV)/.ready ## sizes of all processes over a million short requests (half an hour; MEMORY="--requests 100000")
+	$(BIN)/python bench/short_memory.py $(MEMORY)
 
 ci: ## what continuous integration runs
 	bash .ci/run

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -179,6 +179,7 @@ async def cluster(
     model: Path | None = None,
     prefill: int = 1,
     decode: int = 1,
+    frontend: int = 1,
     router: int = 1,
     kvtransfer: int = 1,
     otlp: str = "",
@@ -192,12 +193,13 @@ async def cluster(
     change: another command line for a process, from its name and the one it would have.
     """
     async with await _etcd(hosts) as etcd:
-        options = up.Options(
+        stack = ExitStack()
+        asked = up.Options(
             engine=engine,
             profile=profile,
             model=model or up.demo_model(),
             served_name="test-model",
-            counts={"frontend": 1, "router": router, "prefill": prefill, "decode": decode, "kvtransfer": kvtransfer},
+            counts={"frontend": frontend, "router": router, "prefill": prefill, "decode": decode, "kvtransfer": kvtransfer},
             host="127.0.0.1",
             port=0,
             otlp=otlp,
@@ -207,6 +209,7 @@ async def cluster(
             ready_limit_s=READY_LIMIT_S,
             environment=dict(environment or {}),
         )
+        options = stack.enter_context(up.reserved_port(asked))
         discovery = Discovery(etcd.endpoint, up.NAMESPACE)
         await discovery.start()
         children = up.plan(options, etcd.endpoint)
@@ -231,3 +234,4 @@ async def cluster(
                 child.send(signal.SIGKILL)
                 if child.process is not None:
                     await child.process.wait()
+            stack.close()

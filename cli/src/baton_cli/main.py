@@ -48,6 +48,9 @@ def main() -> None:
 @click.option("--served-name", default=None, help="Model name clients use. Default: the folder's name.")
 @click.option("--prefill", type=click.IntRange(0, 64), default=1, show_default=True, help="Prefill processes; 0: decode does everything.")
 @click.option("--decode", type=_COUNT, default=1, show_default=True, help="Decode processes.")
+@click.option(
+    "--frontend", "--frontends", type=_COUNT, default=1, show_default=True, help="Frontend processes; all share the port (SO_REUSEPORT)."
+)
 @click.option("--router", type=_COUNT, default=1, show_default=True, help="Router processes.")
 @click.option("--kvtransfer", type=_COUNT, default=1, show_default=True, help="Kvtransfer processes.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address the HTTP server binds.")
@@ -69,6 +72,7 @@ def up(
     served_name: str | None,
     prefill: int,
     decode: int,
+    frontend: int,
     router: int,
     kvtransfer: int,
     host: str,
@@ -87,7 +91,7 @@ def up(
         profile=str(Path(profile).resolve()) if Path(profile).is_file() else profile,
         model=folder,
         served_name=served_name or ("demo-recall" if model is None else folder.name),
-        counts={"frontend": 1, "router": router, "prefill": prefill, "decode": decode, "kvtransfer": kvtransfer},
+        counts={"frontend": frontend, "router": router, "prefill": prefill, "decode": decode, "kvtransfer": kvtransfer},
         host=host,
         port=port,
         otlp=otlp,

@@ -7,7 +7,9 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +84,26 @@ def check(options: Options) -> None:
                 ) from error
 
 
+@contextmanager
+def reserved_port(options: Options) -> Iterator[Options]:
+    """With several frontends: one port for all of them, free now, that nobody but frontends can take while this lasts.
+
+    A socket that is bound with SO_REUSEPORT and does not listen gets no connections, but keeps the number: a frontend that is started
+    again finds it. Linux lets only processes of the same user bind it as well. Yields: options with that port.
+    Raises: click.ClickException if it cannot be bound.
+    """
+    if options.counts["frontend"] == 1:
+        yield options
+        return
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            holder.bind((options.host, options.port))
+        except OSError as error:
+            raise click.ClickException(f"--port {options.port}: {options.host} cannot be bound ({error.strerror})") from error
+        yield replace(options, port=holder.getsockname()[1])
+
+
 def environment_of(options: Options, service: str, instance_id: str, etcd: str) -> dict[str, str]:
     """The BATON_* variables of one process."""
     settings = {
@@ -99,6 +121,7 @@ def environment_of(options: Options, service: str, instance_id: str, etcd: str) 
             settings["profile"] = options.profile
     if service == "frontend":
         settings["http_listen"] = f"{options.host}:{options.port}"
+        settings["http_reuse_port"] = str(options.counts["frontend"] > 1).lower()
     return {f"BATON_{service.upper()}_{name.upper()}": value for name, value in settings.items()} | options.environment
 
 
@@ -120,6 +143,11 @@ async def run(options: Options, console: Console) -> None:
 
     Raises: click.ClickException if a process does not come up; nothing is left running then.
     """
+    with reserved_port(options) as placed:
+        await _run(placed, console)
+
+
+async def _run(options: Options, console: Console) -> None:
     supervisor = Supervisor()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -27,12 +27,17 @@ WHOLE = [HEAD, *(chunk(says(word)) for word in ("one ", "two ", "three")), chunk
 
 
 @contextmanager
-def serving(*answers: list[bytes] | None) -> Iterator[tuple[str, int]]:
-    """A server that gives these answers in turn, the last one for ever; None: none at all, b"" in one: the connection is closed there."""
+def serving(*answers: list[bytes] | None, callers: list[str] | None = None) -> Iterator[tuple[str, int]]:
+    """A server that gives these answers in turn, the last one for ever; None: none at all, b"" in one: the connection is closed there.
+
+    callers: gets the address each connection came from.
+    """
     left = list(answers)
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, tuple[str, int]]] = Future()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if callers is not None:
+            callers.append(writer.get_extra_info("peername")[0])
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -94,6 +99,19 @@ def test_whole_answers_are_counted_with_their_tokens_and_gaps() -> None:
     assert (figures.started, figures.ended, figures.complete, figures.tokens, figures.events) == (20, 20, 20, 60, 60)
     assert (figures.first_s.count, figures.gap_s.count, figures.total_s.count) == (20, 40, 20)
     assert figures.problems == []
+
+
+def test_connections_come_from_each_address_in_turn() -> None:
+    callers: list[str] = []
+    with serving(WHOLE, callers=callers) as address:
+        figures = load(address, requests=6, connections=6, sources=("127.0.0.1", "127.0.0.2", "127.0.0.3"))
+    assert figures.complete == 6
+    assert sorted(callers) == ["127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2", "127.0.0.3", "127.0.0.3"]
+
+
+def test_an_address_that_is_not_ours_is_an_end_by_name() -> None:
+    with serving(WHOLE) as address:
+        assert load(address, sources=("192.0.2.1",)).ends == {"eaddrnotavail": 1}
 
 
 def test_a_missing_token_is_found_by_its_text() -> None:

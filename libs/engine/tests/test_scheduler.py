@@ -4,6 +4,7 @@ import pytest
 from baton_engine.api import EndReason, Priority, SequenceKey
 from baton_engine.blocks import CacheFull, Turn
 from baton_engine.scheduler import SchedulerLimits
+from baton_engine.sim_profile import DecodeTime, SimProfile
 from baton_engine.virtual import SMALL, VirtualEngine, request_of, tokens_of, virtual_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,6 +160,20 @@ def test_full_batch_of_decoding_sequences_does_not_starve_a_prompt():
     for _ in range(3):
         bench.step()
     assert bench.end("b").reason is EndReason.LENGTH
+
+
+def test_prompts_that_add_no_time_all_come_along_with_decode_steps_over_the_limit():
+    """One sequence decodes in steps of 0.5 s, twice the limit: the prompts must not wait for each other."""
+    slow_decode = SimProfile(decode_ms=DecodeTime(constant=500.0))
+    bench = virtual_engine(64, slow_decode, limits=BIG)
+    bench.engine.add(request_of("a", tokens_of(4), max_tokens=50))
+    bench.step()
+    names = [str(number) for number in range(20)]
+    for number, name in enumerate(names):
+        bench.engine.add(request_of(name, tokens_of(20, number + 1), max_tokens=3))
+    output = bench.step()
+    assert {key.request_id for key in output.keys} == {"a", *names}
+    assert output.duration_s == pytest.approx(0.5)
 
 
 def ticket(bench: VirtualEngine, name: str, num_blocks: int, rank: float) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import resource
 import sys
 import threading
 import time
@@ -41,6 +42,8 @@ class ChildService(Service):
     async def drain(self) -> None:
         if MODE == "tells-interpreter":
             say(f"{gc.get_freeze_count() > 10_000} {sys.getswitchinterval():.4f}")
+        if MODE == "tells-open-files":
+            say(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         say("draining")
         if MODE == "drain-hangs":
             await asyncio.Event().wait()

@@ -35,10 +35,12 @@ class Child:
 
 
 @contextlib.asynccontextmanager
-async def child(mode: str, **environ: str) -> AsyncIterator[Child]:
+async def child(mode: str, *, limit_files: tuple[int, int] | None = None, **environ: str) -> AsyncIterator[Child]:
+    """limit_files: soft and hard limit the process is started with."""
     pipe = asyncio.subprocess.PIPE
+    prefix = ["prlimit", f"--nofile={limit_files[0]}:{limit_files[1]}"] if limit_files else []
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(SCRIPT), mode, stdout=pipe, stderr=pipe, env={**os.environ, **environ}
+        *prefix, sys.executable, str(SCRIPT), mode, stdout=pipe, stderr=pipe, env={**os.environ, **environ}
     )
     try:
         yield Child(process)
@@ -68,6 +70,13 @@ async def test_what_the_start_made_is_not_collected_again_and_threads_take_short
         await service.says("ready")
         service.process.send_signal(signal.SIGTERM)
         await service.says("True 0.0010")
+
+
+async def test_a_service_may_open_as_many_files_as_the_hard_limit_allows() -> None:
+    async with child("tells-open-files", limit_files=(256, 1000)) as service:
+        await service.says("ready")
+        service.process.send_signal(signal.SIGTERM)
+        await service.says("1000")
 
 
 async def test_second_signal_closes_at_once() -> None:

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from baton_frontend.latency_budget import LatencyBudget
 from baton_frontend.openai_http import HttpSettings
+from baton_frontend.openai_schema import ChatBody
 from baton_frontend.testing_models import word_level_tokenizer, write_model
 from baton_runtime.errors import Draining, Internal, QueueFull, Unavailable
 from tokenizers import Tokenizer
@@ -106,6 +107,17 @@ async def test_a_stream_has_one_event_per_token(serve: Serve) -> None:
         events = await stream(served.url, CHAT)
     assert len(events) == 1 + 3 + 1
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_a_running_stream_does_not_keep_the_text_of_its_prompt(serve: Serve) -> None:
+    async with serve(is_manual=True) as served, aiohttp.ClientSession() as session:
+        streaming = asyncio.create_task(session.post(served.url + "/v1/chat/completions", json={**CHAT, "stream": True}))
+        await until(lambda: bool(served.generator.started))
+        served.generator.started[0].push(70)
+        response = await streaming
+        gc.collect()
+        assert [thing for thing in gc.get_objects() if type(thing) is ChatBody] == []
+        response.close()
 
 
 async def test_characters_cut_by_tokens_arrive_whole(serve: Serve, tokenizer: Tokenizer) -> None:

@@ -425,3 +425,17 @@ def test_blocks_of_another_size_are_fetched_if_one_is_a_multiple_of_the_other(fa
     house.add("d1", discovery.SERVICE_DECODE, block_tokens=BLOCK if is_possible else 2 * BLOCK)
     house.index.store(holder.bit, hashes(960)[factor - 1 :: factor])
     assert house.ask(num_tokens=1000, attempt=2, chain=hashes(1000)).placement.HasField("fetch_from") == is_possible
+
+
+def test_work_given_to_a_worker_counts_as_its_queue_until_it_ends_or_its_load_must_show_it() -> None:
+    house = House()
+    prefill, _ = house.pair()
+    for placement_id in (1, 2, 3):
+        prefill.placed(placement_id, 100, house.now)
+    assert prefill.queue_us() == 300 * 50
+    prefill.ended(2)
+    prefill.ended(2)
+    assert prefill.queue_us() == 200 * 50
+    prefill.placed(4, 100, house.now + 1)
+    prefill.reported(worker_pb.WorkerLoad(), house.now + 1)
+    assert prefill.queue_us() == 100 * 50

@@ -19,6 +19,7 @@ READ_BYTES = 1 << 16
 POLL_S = 0.2
 PAUSE_S = 0.2  # before a connection that could not be made, or was refused, is used again
 _CLOSED = ("broken", "econnreset", "epipe")
+_IP_BIND_ADDRESS_NO_PORT = 24  # Linux: choose the port when connecting, so that one address has as many ports as there are destinations
 _IN, _OUT = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR, select.EPOLLOUT
 
 
@@ -38,8 +39,8 @@ class Prompt:
 class Load:
     """What one process does.
 
-    addresses: (family, address) of the server, as sockets take them, in turn; connections: at a time; open_per_s: at which they are
-    opened, 0: at once.
+    addresses: (family, address) of the server, as sockets take them, in turn; sources: our own addresses to connect from, in turn, none:
+    the system's choice; connections: at a time; open_per_s: at which they are opened, 0: at once.
     requests: in all, None: no limit; duration_s: no request is started later; answer_limit_s: a request that takes longer is hung.
     """
 
@@ -53,15 +54,17 @@ class Load:
     duration_s: float
     answer_limit_s: float
     seed: int
+    sources: Sequence[str] = ()
 
 
 class _Stream:
     """One connection and the request on it."""
 
-    __slots__ = ("address", "is_reused", "out", "prompt", "response", "sent_at", "sock")
+    __slots__ = ("address", "is_reused", "out", "prompt", "response", "sent_at", "sock", "source")
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, source: str) -> None:
         self.address = address
+        self.source = source  # empty: any
         self.is_reused = False  # its connection had a request before
         self.sock: socket.socket | None = None
         self.out = b""
@@ -129,7 +132,9 @@ class Client:
         due = load.connections if not load.open_per_s else min(load.connections, int((now - self._began) * load.open_per_s) + 1)
         # A share at a time, so that answers are read meanwhile.
         for _ in range(min(due - self._num_opened, 256)):
-            stream = _Stream(load.addresses[self._num_opened % len(load.addresses)])
+            number = self._num_opened
+            source = load.sources[number // len(load.addresses) % len(load.sources)] if load.sources else ""
+            stream = _Stream(load.addresses[number % len(load.addresses)], source)
             self._num_opened += 1
             self._begin(stream)
 
@@ -166,6 +171,14 @@ class Client:
         family, address = stream.address
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if stream.source:
+            if family == socket.AF_INET:
+                sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            try:
+                sock.bind((stream.source, 0))
+            except OSError:
+                sock.close()
+                raise
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
             sock.close()

@@ -62,6 +62,12 @@ def bench() -> None:
 @click.option(
     "--url", "urls", multiple=True, callback=_urls, help="Server, e.g. http://127.0.0.1:8000; several addresses of it are used in turn."
 )
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    help="Address of ours to connect from, e.g. 127.0.0.2; several are used in turn, and each has its own ports.",
+)
 @click.option("--model", default="", help="Model name. Default: the first one served.")
 @click.option("--endpoint", type=click.Choice(["chat", "completions"]), default="chat", show_default=True)
 @click.option("-c", "--connections", type=click.IntRange(1), default=64, show_default=True, help="Requests under way at a time.")

@@ -33,7 +33,8 @@ _SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "ke", "li", "mo", "nu", "pa", 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for. urls: of one server, used in turn; processes 0: as many as open files ask for, at least one.
+    """What was asked for. urls: of one server, used in turn; sources: addresses of ours to connect from, in turn; processes 0: as many as
+    open files ask for, at least one.
 
     check: "text", "length", or "auto": text if the server's answers are a function of the prompt.
     """
@@ -56,6 +57,7 @@ class Options:
     answer_limit_s: float = 120.0
     pids: dict[str, int] = field(default_factory=dict)
     seed: int = 1
+    sources: Sequence[str] = ()
 
 
 @dataclass
@@ -70,11 +72,13 @@ class Watched:
 
 @dataclass
 class Report:
-    """What came of it. check: how answers were checked, and why. load_s: from the first request to the last end."""
+    """What came of it. check: how answers were checked, and why. began_at: first request, in seconds since the epoch; load_s: from there
+    to the last end."""
 
     options: Options
     check: str
     processes: int
+    began_at: float
     load_s: float
     figures: Figures
     watched: list[Watched]
@@ -100,6 +104,7 @@ class Report:
             "body": options.body,
             "processes": self.processes,
             "check": self.check,
+            "began_at": round(self.began_at, 3),
             "load_s": round(self.load_s, 3),
             "requests": {"started": figures.started, **dict(figures.ends)},
             "requests_per_s": round(figures.complete / self.load_s, 1),
@@ -261,6 +266,7 @@ def loads(options: Options, prompts: Sequence[Prompt], count: int) -> list[Load]
             duration_s=options.duration_s if options.duration_s else float("inf"),
             answer_limit_s=options.answer_limit_s,
             seed=options.seed * 1000 + index,
+            sources=options.sources,
         )
         for index in range(count)
     ]
@@ -321,7 +327,7 @@ class Run:
                     raise ClickException(f"a client process is not ready within {READY_LIMIT_S:g} s")
                 self._received(pipe)
             watch = Watch(self._options.pids)
-            began = time.monotonic()
+            began, began_at = time.monotonic(), time.time()
             for pipe in pipes:
                 pipe.send("go")
             before = signal.signal(signal.SIGINT, self._on_interrupt)
@@ -330,7 +336,7 @@ class Run:
             finally:
                 signal.signal(signal.SIGINT, before)
             load_s = time.monotonic() - began
-            return Report(self._options, check, len(pipes), load_s, self._total(), watch.ended())
+            return Report(self._options, check, len(pipes), began_at, load_s, self._total(), watch.ended())
         finally:
             for pipe in pipes:
                 pipe.close()

@@ -62,7 +62,7 @@ class PagedEngine:
         self._plan = Plan()
         self._output = StepOutput(step=0)
         self._cancels: set[SequenceKey] = set()
-        self._arrivals: list[SequenceState] = []  # added since the last plan
+        self._arrivals: dict[SequenceKey, SequenceState] = {}  # added since the last plan, in that order
         self._num_added = 0
         self._step = 0
         self._computed_at = 0.0  # end of the compute of the running step; 0: it computes nothing
@@ -75,7 +75,7 @@ class PagedEngine:
         Raises: SequenceTooLong, InvalidArgument; nothing was kept then, and a table the caller made is still the caller's.
         """
         check_request(request, self.info, self.pool.num_blocks * self._block_tokens)
-        if self._scheduler.get(request.key) or any(state.key == request.key for state in self._arrivals):
+        if self._scheduler.get(request.key) or request.key in self._arrivals:
             raise InvalidArgument("key", "this attempt is in the engine already")
         state = SequenceState(request, self._num_added, self._clock(), array("I", request.token_ids))
         longest = min(self.info.max_model_tokens, self.pool.num_blocks * self._block_tokens + 1)
@@ -87,7 +87,7 @@ class PagedEngine:
         if request.work is not Work.WHOLE or self.blocks.has_table(request.key):
             self._adopt_table(state)
         self._num_added += 1
-        self._arrivals.append(state)
+        self._arrivals[request.key] = state
         before = self._stats
         self._stats = replace(
             before,
@@ -97,7 +97,7 @@ class PagedEngine:
 
     def cancel(self, key: SequenceKey) -> None:
         """See StepEngine.cancel."""
-        if self._scheduler.get(key) or any(state.key == key for state in self._arrivals):
+        if self._scheduler.get(key) or key in self._arrivals:
             self._cancels.add(key)
 
     def pause(self, key: SequenceKey) -> None:
@@ -166,7 +166,7 @@ class PagedEngine:
 
     def _admit_arrivals(self) -> None:
         """Queue what was added; what has nothing to compute ends here."""
-        for state in self._arrivals:
+        for state in self._arrivals.values():
             self._scheduler.add(state)
             if state.is_prefill_only:
                 self._announce(state)

@@ -90,6 +90,8 @@ class Scheduler:
         self._without_table: list[_Ranked] = []
         self._available_version = 0  # changes whenever blocks may have become available
         self._blocked_at = -1  # the version at which the first of _without_table did not fit
+        self._prefilling: list[SequenceState] = []  # running ones that were not decoding when the last step was planned
+        self._num_active = 0  # running ones that were not paused then
         blocks.subscribe_available(self._on_available)
 
     def get(self, key: SequenceKey) -> SequenceState | None:
@@ -131,8 +133,8 @@ class Scheduler:
 
     def waiting_prefill_tokens(self) -> int:
         """Tokens still to prefill, over all sequences."""
-        states = [*self.running.values(), *self.waiting.values()]
-        return sum(state.remaining for state in states if not state.is_decoding)
+        prefilling = [state for state in self._prefilling if state.key in self.running]
+        return sum(state.remaining for state in (*prefilling, *self.waiting.values()) if not state.is_decoding)
 
     def plan(self) -> Plan:
         """Choose the next step: all decoding sequences, then chunks of prompts by rank."""
@@ -140,8 +142,10 @@ class Scheduler:
         for state in self._decoding():
             self._add_chunk(state, len(state.tokens), plan)
         self._settle(plan)
+        num_preempted = len(plan.preempted)
         self._add_prefills(plan)
-        self._settle(plan)
+        if len(plan.preempted) > num_preempted:
+            self._settle(plan)
         plan.predicted_s = self._predict_s(plan.load) if plan.chunks else 0.0
         return plan
 
@@ -182,7 +186,18 @@ class Scheduler:
         return first if kept is None or kept.paused or kept.owns_table else kept
 
     def _decoding(self) -> list[SequenceState]:
-        states = [state for state in self.running.values() if state.is_decoding and not state.paused]
+        """Who decodes in this step. The one pass over all that run: with thousands of them each pass counts."""
+        states: list[SequenceState] = []
+        self._prefilling = []
+        self._num_active = 0
+        for state in self.running.values():
+            is_decoding = state.is_decoding
+            if not is_decoding:
+                self._prefilling.append(state)
+            if not state.paused:
+                self._num_active += 1
+                if is_decoding:
+                    states.append(state)
         if len(states) > self.limits.max_batch_sequences:  # possible after resumes: take turns
             states.sort(key=lambda state: state.last_step)
         return states[: self.limits.max_batch_sequences]
@@ -228,10 +243,11 @@ class Scheduler:
 
     def _add_prefills(self, plan: Plan) -> None:
         limits = self.limits
-        states = [state for state in self.running.values() if not state.is_decoding and not state.paused]
+        states = [state for state in self._prefilling if not state.paused and state.key in self.running]
         started = deque(sorted((state.waiting_rank, state.number, state) for state in states))
-        slots = limits.max_batch_sequences - sum(not state.paused for state in self.running.values())
-        limit_s = limits.max_mixed_step_s if plan.chunks else limits.max_step_s
+        slots = limits.max_batch_sequences - self._num_active + sum(not state.paused for state in plan.preempted)
+        # Where decoding alone is over the limit, a prompt may still come along if it makes the step no longer.
+        limit_s = max(limits.max_mixed_step_s, self._predict_s(plan.load)) if plan.chunks else limits.max_step_s
         budget = limits.max_chunk_tokens
         finishes_one = False  # whether the step computes the end of a prompt
         while budget > 0 and len(plan.chunks) < limits.max_batch_sequences:
@@ -279,6 +295,7 @@ class Scheduler:
             state.waiting_rank = self._rank(state)  # now it is known what is cached
         del self.waiting[state.key]
         self.running[state.key] = state
+        self._prefilling.append(state)
         return True
 
     def _acquire(self, state: SequenceState) -> None:

@@ -30,15 +30,12 @@ class SequenceState:
     started: bool = False
     last_step: int = 0
     waiting_rank: float = 0.0
+    key: SequenceKey = field(init=False)
     is_prefill_only: bool = field(init=False)  # samples nothing; its blocks are promised to a sink
 
     def __post_init__(self) -> None:
+        self.key = self.request.key
         self.is_prefill_only = self.request.work is Work.PREFILL_ONLY
-
-    @property
-    def key(self) -> SequenceKey:
-        """Name of the sequence."""
-        return self.request.key
 
     @property
     def goal(self) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -90,6 +91,7 @@ def run(service_factory: Callable[[], Service]) -> NoReturn:
     """Run a service until a signal or a failure, then exit the process."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _limit_heaps()
+    _allow_open_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(serve(service_factory))
     sys.stdout.flush()
@@ -204,6 +206,14 @@ def _limit_heaps() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
         mallopt(_M_ARENA_MAX, MAX_HEAPS)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us: the usual soft limit of 1,024 is one for programs with select, and a connection is a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # a hard limit above what this kernel grants: the soft one stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _freeze() -> None:

@@ -20,10 +20,16 @@ _PROMPT_TAIL_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """A call that can be submitted. generations: all choices of the first prompt, then of the second, ..."""
+    """A call that can be submitted. generations: all choices of the first prompt, then of the second, ...
+
+    It lives as long as the answer is streamed, so it keeps nothing of the body but what is still asked of it: the text of a long prompt
+    would be most of a stream's memory.
+    """
 
     endpoint: Endpoint
-    body: CallBody
+    is_stream: bool
+    has_usage: bool  # in a stream: one more event with it
+    has_token_ids: bool
     loaded: LoadedModel
     generations: tuple[Generation, ...]
     stops: tuple[str, ...]
@@ -38,7 +44,7 @@ class PlannedCall:
             silent_token_ids=self.silent_token_ids,
             min_tokens=generation.min_tokens,
             wants_logprobs=generation.top_logprobs is not None,
-            wants_token_ids=bool(self.body.return_token_ids),
+            wants_token_ids=self.has_token_ids,
         )
 
 
@@ -104,7 +110,16 @@ def _plan(
         for choice in range(num_choices)
     ]
     ending = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else loaded.eos_token_ids)
-    return PlannedCall(endpoint, body, loaded, tuple(generations), body.stops(), _with_text(ending, loaded))
+    return PlannedCall(
+        endpoint=endpoint,
+        is_stream=bool(body.stream),
+        has_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        has_token_ids=bool(body.return_token_ids),
+        loaded=loaded,
+        generations=tuple(generations),
+        stops=body.stops(),
+        silent_token_ids=_with_text(ending, loaded),
+    )
 
 
 def _with_text(token_ids: frozenset[int], loaded: LoadedModel) -> frozenset[int]:

@@ -193,7 +193,7 @@ class OpenAIHandlers:
         try:
             self._admission.check()
             planned = await self._plan(request, endpoint, record)
-            answer = self._stream if planned.body.stream else self._collect
+            answer = self._stream if planned.is_stream else self._collect
             response = await answer(request, planned, record, context)
             record.status = response.status
             return response
@@ -228,7 +228,7 @@ class OpenAIHandlers:
         else:
             completion = parse_completion(data)
             planned = await plan_completion(completion, *await self._model(completion.model, record), limit)
-        record.is_stream = bool(planned.body.stream)
+        record.is_stream = planned.is_stream
         record.prompt_tokens = sum({id(g.prompt_token_ids): len(g.prompt_token_ids) for g in planned.generations}.values())
         record.prepared_at = time.monotonic()
         return planned
@@ -283,7 +283,7 @@ class OpenAIHandlers:
             raise call.failure
         form = _format(planned, call, record)
         extra: dict[str, object] = {}
-        if planned.body.return_token_ids and planned.endpoint == "chat":
+        if planned.has_token_ids and planned.endpoint == "chat":
             extra["prompt_token_ids"] = planned.generations[0].prompt_token_ids.tolist()
         choices = [sink.as_json(index, form, planned.loaded.names) for index, sink in enumerate(sinks)]
         body = form.response(choices, usage, resumed, extra)
@@ -336,13 +336,12 @@ class OpenAIHandlers:
 
 
 def _format(planned: PlannedCall, call: Call, record: HttpRecord) -> ResponseFormat:
-    options = planned.body.stream_options
     return ResponseFormat(
         planned.endpoint,
         _ID_PREFIX[planned.endpoint] + call.response_id,
         int(time.time()),
         planned.generations[0].model,
-        has_usage=options is not None and bool(options.include_usage),
+        has_usage=planned.has_usage,
         prepare_s=record.prepare_s,
     )
 

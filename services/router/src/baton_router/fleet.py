@@ -86,6 +86,12 @@ class Worker:
     _placed: dict[int, Placed] = field(default_factory=dict)  # by placement, until it is over
     _unseen: OrderedDict[int, Placed] = field(default_factory=OrderedDict)  # of them those its load does not show yet
     _prompts: deque[float] = field(default_factory=deque)  # when interactive prompts were placed here to be computed, last RATE_S
+    # Sums over them, kept as they come and go: there may be tens of thousands, and every query asks for the sums several times.
+    _num_batch: int = 0
+    num_apart: int = 0  # sequences that are decoded here apart from chats, as far as this router placed them
+    apart_tokens: int = 0  # their KV tokens
+    _unseen_prefill_tokens: int = 0
+    _unseen_kv_tokens: int = 0
     kv_kind: bytes = field(init=False)  # equal bytes: the same model and layout
 
     def __post_init__(self) -> None:
@@ -124,18 +130,37 @@ class Worker:
                 self.decode_step_us += (sample.duration_us - self.decode_step_us) * (SMOOTHING if self.decode_step_us else 1.0)
                 self.decode_speed.add(sample.kv_tokens, sample.duration_us)
         while self._unseen and now - next(iter(self._unseen.values())).at > UNSEEN_S:
-            self._unseen.popitem(last=False)
+            self._seen(next(iter(self._unseen)))
 
     def placed(self, placement: int, work: Placed) -> None:
         """Work was given to it that its load does not show yet."""
         self._placed[placement] = self._unseen[placement] = work
+        self._num_batch += work.weight != 1.0
+        self._unseen_prefill_tokens += work.prefill_tokens
+        self._unseen_kv_tokens += work.kv_tokens
+        if work.is_apart:
+            self.num_apart += work.kv_tokens > 0
+            self.apart_tokens += work.kv_tokens
         if work.prefill_tokens and work.weight == 1.0:
             self._prompts.append(work.at)
 
     def ended(self, placement: int) -> None:
         """That work is over or elsewhere."""
-        self._placed.pop(placement, None)
-        self._unseen.pop(placement, None)
+        self._seen(placement)
+        work = self._placed.pop(placement, None)
+        if work is None:
+            return
+        self._num_batch -= work.weight != 1.0
+        if work.is_apart:
+            self.num_apart -= work.kv_tokens > 0
+            self.apart_tokens -= work.kv_tokens
+
+    def _seen(self, placement: int) -> None:
+        """Its load shows this work now, or it is over."""
+        work = self._unseen.pop(placement, None)
+        if work is not None:
+            self._unseen_prefill_tokens -= work.prefill_tokens
+            self._unseen_kv_tokens -= work.kv_tokens
 
     @property
     def num_sequences(self) -> int:
@@ -150,23 +175,12 @@ class Worker:
     @property
     def weight(self) -> float:
         """Weights of its sequences together. Those another router has placed count as interactive."""
-        known_batch = sum(work.weight != 1.0 for work in self._placed.values())
-        return max(0.0, self.num_sequences - (1.0 - BATCH_WEIGHT) * known_batch)
-
-    @property
-    def num_apart(self) -> int:
-        """Sequences that are decoded here apart from chats, as far as this router placed them."""
-        return sum(work.is_apart and work.kv_tokens > 0 for work in self._placed.values())
-
-    @property
-    def apart_tokens(self) -> int:
-        """Their KV tokens."""
-        return sum(work.kv_tokens for work in self._placed.values() if work.is_apart)
+        return max(0.0, self.num_sequences - (1.0 - BATCH_WEIGHT) * self._num_batch)
 
     @property
     def kv_tokens(self) -> int:
         """KV tokens a decode step attends to, or is about to, those of long sequences that are still computed elsewhere included."""
-        seen = int(self.load.active_kv_tokens) + sum(work.kv_tokens for work in self._unseen.values())
+        seen = int(self.load.active_kv_tokens) + self._unseen_kv_tokens
         return max(seen, self.apart_tokens)
 
     def prompts_per_s(self, now: float) -> float:
@@ -177,7 +191,7 @@ class Worker:
 
     def queue_us(self) -> float:
         """Predicted wait for a new prompt."""
-        return self.speed.predict_us(int(self.load.waiting_prefill_tokens) + sum(work.prefill_tokens for work in self._unseen.values()))
+        return self.speed.predict_us(int(self.load.waiting_prefill_tokens) + self._unseen_prefill_tokens)
 
 
 class Fleet:
