@@ -148,7 +148,7 @@ def _generation(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt: "ar
         min_tokens=body.min_tokens or 0,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
-        top_k=max(0, body.top_k or 0),
+        top_k=min(max(0, body.top_k or 0), info.vocab_size),
         min_p=body.min_p or 0.0,
         seed=body.checked_seed(),
         choice=choice,
