@@ -259,9 +259,9 @@ async def test_all_sampling_fields_reach_the_generation(serve: Serve) -> None:
 
 async def test_numbers_no_message_could_carry_do_no_harm(serve: Serve) -> None:
     async with serve() as served:
-        status, _, _ = await post(served.url, {**CHAT, "top_k": 2**70})
+        status, _, _ = await post(served.url, {**CHAT, "top_k": 2**70, "top_p": 0})
         g = served.generator.started[0].generation
-        assert (status, g.top_k) == (200, served.generator.models()[0].vocab_size)
+        assert (status, g.top_k, g.top_p > 0) == (200, served.generator.models()[0].vocab_size, True)
         for field in ("n", "max_tokens", "min_tokens", "seed", "top_logprobs"):
             status, answer, _ = await post(served.url, {**CHAT, "logprobs": True, field: 2**70})
             assert (status, field in answer["error"]["message"]) == (400, True)
@@ -335,7 +335,7 @@ async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(serve: Serv
         ({"stop": 5}, "stop"),
         ({"stop": ["a", 5]}, "stop[1]"),
         ({"stop": "x" * 257}, "stop"),
-        ({"top_p": 1e-50}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"repetition_penalty": 1e-50}, "repetition_penalty"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
         ({"service_tier": "gold"}, "service_tier"),

@@ -16,6 +16,7 @@ from baton_frontend.openai_schema import CallBody, ChatBody, CompletionBody
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 INLINE_MESSAGES = 200  # longer chats are rendered in a thread: a message costs some us
 _PROMPT_TAIL_TOKENS = 8
+_SMALLEST_TOP_P = 2.0**-126  # of normal float32, as which it travels; 0 would mean "not given" there
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def _generation(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt: "ar
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
+        top_p=max(_SMALLEST_TOP_P, _or(body.top_p, 1.0)),
         top_k=min(max(0, body.top_k or 0), info.vocab_size),
         min_p=body.min_p or 0.0,
         seed=body.checked_seed(),

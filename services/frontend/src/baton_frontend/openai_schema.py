@@ -18,7 +18,6 @@ MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
-SMALLEST = 2.0**-126  # of normal float32, which fractions travel in; there 0 would mean "not given"
 
 _UInt = Annotated[int, Meta(ge=0)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -90,7 +89,7 @@ class CallBody(Struct, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     min_tokens: _UInt | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(ge=SMALLEST, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # 0: the most likely token
     top_k: Annotated[int, Meta(ge=-1)] | None = None  # -1, 0, and all from the size of the vocabulary on: all
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: Annotated[int, _schema(minimum=MIN_SEED, maximum=MAX_SEED)] | None = None
