@@ -298,8 +298,10 @@ async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(serve: Serv
     assert (status, chat_status) == (400, 400)
     assert answer["error"]["code"] == chat_answer["error"]["code"] == "context_length_exceeded"
     assert (answer["error"]["param"], chat_answer["error"]["param"]) == ("prompt", "messages")
-    assert re.search(r"at most 64 tokens.*has 60 and max_tokens 8\b", answer["error"]["message"])
-    assert re.search(r"at most 64 tokens.*has 94\b", chat_answer["error"]["message"])
+    assert re.search(
+        r"prompt is too long: this model's maximum context length is 64 tokens.*has 60 and max_tokens is 8\b", answer["error"]["message"]
+    )
+    assert re.search(r"prompt is too long: this model's maximum context length is 64 tokens.*has 94\b", chat_answer["error"]["message"])
     assert served.generator.started == []
 
 

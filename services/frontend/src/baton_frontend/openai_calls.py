@@ -126,10 +126,12 @@ def _max_tokens(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt_toke
     room = info.max_model_tokens - prompt_tokens
     wanted = body.wanted_max_tokens()
     if room < 1 or (wanted is not None and wanted > room):
-        asked = "" if wanted is None else f" and max_tokens {wanted}"
+        asked = "" if wanted is None else f" and max_tokens is {wanted}"
         raise ApiError(
             400,
-            f"this model takes at most {info.max_model_tokens} tokens of prompt and output together; the prompt has {prompt_tokens}"
+            # "prompt is too long" and "this model's maximum context length is": LangChain and litellm know the case by these words.
+            "the prompt is too long: "
+            f"this model's maximum context length is {info.max_model_tokens} tokens, prompt and output; the prompt has {prompt_tokens}"
             f"{asked}. Shorten the prompt{'' if wanted is None else ' or lower max_tokens'}",
             param="messages" if endpoint == "chat" else "prompt",
             code="context_length_exceeded",

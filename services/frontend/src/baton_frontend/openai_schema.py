@@ -51,8 +51,8 @@ class Message(Struct):
     refusal: Any = None
     annotations: Any = None
     audio: None = None
-    tool_calls: list[Any] | None = None  # only empty
-    function_call: Any = None  # only null
+    tool_calls: Annotated[list[Any], _schema(maxItems=0)] | None = None
+    function_call: Annotated[Any, _schema(type="null")] = None
 
     def as_template_message(self) -> dict[str, object]:
         """As chat templates expect it: content is one text."""
