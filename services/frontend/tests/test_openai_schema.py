@@ -41,6 +41,7 @@ def test_the_body_itself_is_named_if_no_field_is() -> None:
 def test_class_comes_from_baton_before_service_tier() -> None:
     assert chat().is_interactive()
     assert not chat(service_tier="flex").is_interactive()
+    assert all(chat(service_tier=tier).is_interactive() for tier in ("auto", "default", "scale", "priority", None))
     assert chat(service_tier="flex", baton={"class": "interactive"}).is_interactive()
 
 
