@@ -167,6 +167,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"{len(rows)} checks, {failed} failed"]) + "\n"
 
 
+STEPS: dict[str, Callable[[World], Iterator[Row]]] = {
+    "openai": lambda world: sdk(world, "openai", "openai_checks.py"),
+    "langchain-openai": lambda world: sdk(world, "langchain-openai", "langchain_checks.py"),
+    "litellm": lambda world: sdk(world, "litellm", "litellm_checks.py"),
+    "aiperf": aiperf,
+    "schemathesis": schemathesis,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -174,22 +183,15 @@ def main() -> None:
     )
     parser.add_argument("--aiperf", type=Path, required=True, help="python of the environment with aiperf")
     parser.add_argument("--results", type=Path, help="write RESULTS.txt and RESULTS.json")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="clients to run")
     options = parser.parse_args()
-    steps: list[Callable[[World], Iterator[Row]]] = [
-        lambda world: sdk(world, "openai", "openai_checks.py"),
-        lambda world: sdk(world, "langchain-openai", "langchain_checks.py"),
-        lambda world: sdk(world, "litellm", "litellm_checks.py"),
-        aiperf,
-        schemathesis,
-        own_books,
-    ]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="baton-clients-") as temporary:
         folder = Path(temporary)
         model = model_folder.write(folder / "model")
         with baton(folder / "state", model) as url:
             world = World(url, model, folder, options.sdk.absolute(), options.aiperf.absolute())
-            for step in steps:
+            for step in [*(STEPS[name] for name in options.only), own_books]:
                 for row in step(world):
                     rows.append(row)
                     print(table([row]).splitlines()[0], file=sys.stderr, flush=True)

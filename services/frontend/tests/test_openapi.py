@@ -16,6 +16,7 @@ from baton_frontend.openai_http import HttpSettings, OpenAIHandlers
 from baton_frontend.openai_schema import NEUTRAL, ChatBody, CompletionBody
 from baton_frontend.testing import FakeGenerator
 from baton_frontend.tokenizer import WorkPool
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 Serve = Any
@@ -55,6 +56,18 @@ def test_bodies_are_the_types_that_check_them(document: dict[str, Any]) -> None:
 def test_every_status_an_error_can_become_is_described(document: dict[str, Any]) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         assert {str(status) for _, status, _ in STATUS_OF} | {"500"} <= set(document["paths"][path]["post"]["responses"])
+
+
+def test_the_schema_of_a_stream_is_that_of_one_event(document: dict[str, Any]) -> None:
+    """As schemathesis and others read it: an object of the event's fields."""
+    for path, chunk in (("/v1/chat/completions", ChatCompletionChunk), ("/v1/completions", CompletionChunk)):
+        schema = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+        validator = Draft202012Validator({**schema, "components": document["components"]})
+        assert validator.is_valid({"event": "message", "data": "{}"})
+        assert validator.is_valid({"data": "[DONE]"})
+        assert not validator.is_valid("data: {}")
+        content = schema["properties"]["data"]["anyOf"][1]["contentSchema"]["anyOf"]
+        assert [kind["$ref"].rpartition("/")[2] for kind in content] == [chunk.__name__, "ErrorAnswer"]
 
 
 def same(data: bytes, kind: type) -> bool:

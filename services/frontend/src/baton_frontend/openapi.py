@@ -109,8 +109,7 @@ def _paths() -> Json:
 
 
 def _call(operation: str, body: type, answer: type, chunk: type) -> Json:
-    events = {"type": "string", "description": _EVENTS.format(chunk=chunk.__name__)}
-    content = {"application/json": {"schema": _ref(answer)}, "text/event-stream": {"schema": events, "x-event": _ref(chunk)}}
+    content = {"application/json": {"schema": _ref(answer)}, "text/event-stream": {"schema": _event(chunk)}}
     success = {"description": "The whole answer, or a stream of events.", "headers": _HEADERS, "content": content}
     return {
         "operationId": operation,
@@ -118,6 +117,14 @@ def _call(operation: str, body: type, answer: type, chunk: type) -> Json:
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}},
         "responses": {"200": success, **_errors(_CALL_ERRORS, _HEADERS)},
     }
+
+
+def _event(chunk: type) -> Json:
+    """One event, as an object of its fields: how tools read the schema of text/event-stream (OpenAPI 3.1 itself does not say)."""
+    content = {"anyOf": [_ref(chunk), _ref(answers.ErrorAnswer)]}
+    data = [{"const": "[DONE]"}, {"type": "string", "contentMediaType": "application/json", "contentSchema": content}]
+    properties = {"data": {"anyOf": data}}
+    return {"type": "object", "description": _EVENTS.format(chunk=chunk.__name__), "properties": properties, "required": ["data"]}
 
 
 def _query(operation: str, summary: str, successes: Mapping[int, type], errors: Sequence[int] = ()) -> Json:
