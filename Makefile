@@ -20,7 +20,7 @@ FAULTS ?=
 MIXED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
+.PHONY: help up test test-unit test-e2e test-slow test-faults test-clients soak test-alone check format lint types proto proto-check \
 	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff ci clean
 
 help: ## show this text
@@ -37,6 +37,13 @@ $(VENV)/.ready: requirements-dev.txt constraints.txt $(addsuffix /pyproject.toml
 $(VENV)-proto/.ready:
 	@test -x $(VENV)-proto/bin/python || $(PYTHON) -m venv $(VENV)-proto
 	@$(VENV)-proto/bin/pip install -q --disable-pip-version-check 'grpcio-tools==1.71.2' 'setuptools<81'
+	@touch $@
+
+# Clients of other people, each set with the versions it was run with.
+$(VENV)-clients/%/.ready: tests/thirdparty/requirements-%.txt
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
 up: $(VENV)/.ready ## start Baton: five services, etcd, the demo model (MODEL=folder for a real one)
@@ -56,6 +63,10 @@ test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (abou
 
 test-faults: $(VENV)/.ready ## the whole fault matrix, as root (half an hour per transport on an idle machine; FAULTS="--transports shm"); writes docs/faults.md
 	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
+
+test-clients: $(VENV)/.ready $(VENV)-clients/sdk/.ready $(VENV)-clients/aiperf/.ready ## openai, LangChain, litellm, aiperf and schemathesis against a real Baton (five minutes; docs/clients.md)
+	$(BIN)/python tests/thirdparty/run.py --sdk $(VENV)-clients/sdk/bin/python --aiperf $(VENV)-clients/aiperf/bin/python \
+		--results bench/results/clients-$$(date +%F)
 
 soak: $(VENV)/.ready ## 100,000 handoffs under random faults, 20 minutes; writes bench/results/soak-DATE.json (SOAK="--seed 1 --handoffs 1000")
 	$(BIN)/python tests/load/soak.py --json bench/results/soak-$$(date +%F).json $(SOAK)
@@ -110,4 +121,4 @@ ci: ## what continuous integration runs
 	bash .ci/run
 
 clean: ## remove environments and run data
-	rm -rf $(VENV) $(VENV)-proto .baton build
+	rm -rf $(VENV) $(VENV)-proto $(VENV)-clients .baton build

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ["proto", "libs/runtime", "libs/engine", "libs/handoff", "libs/worker"]
 SERVICES = ["services/frontend", "services/router", "services/prefill", "services/decode", "services/kvtransfer"]
-TEST_TOOLS = ["pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "openai"]  # of the tests, not of the service
+# of the tests, not of the service
+TEST_TOOLS = ["pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "openai", "openapi-spec-validator"]
 
 
 def run(*command: str | Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,31 @@ async def test_all_sampling_fields_reach_the_generation(serve: Serve) -> None:
     assert (dict(g.logit_bias), g.interactive, g.deadline_s, g.operation) == ({5: -100.0}, False, 9.5, "chat")
 
 
+async def test_numbers_no_message_could_carry_do_no_harm(serve: Serve) -> None:
+    async with serve() as served:
+        status, _, _ = await post(served.url, {**CHAT, "top_k": 2**70, "top_p": 0})
+        g = served.generator.started[0].generation
+        assert (status, g.top_k, g.top_p > 0) == (200, served.generator.models()[0].vocab_size, True)
+        for field in ("n", "max_tokens", "min_tokens", "seed", "top_logprobs"):
+            status, answer, _ = await post(served.url, {**CHAT, "logprobs": True, field: 2**70})
+            assert (status, field in answer["error"]["message"]) == (400, True)
+        status, _, _ = await post(served.url, {**TEXT, "prompt": [2**70]}, "/v1/completions")
+        assert status == 400
+
+
+async def test_n_choices_of_a_streamed_chat_keep_apart(serve: Serve, tokenizer: Tokenizer) -> None:
+    words = [tokenizer.encode(word, add_special_tokens=False).ids for word in ("one END", "two", "three")]
+    body = {**CHAT, "n": 3, "stop": "END", "max_tokens": 50, "stream_options": {"include_usage": True}, "logprobs": True}
+    async with serve(tokens_of=lambda g: words[g.choice]) as served:
+        events = await stream(served.url, body)
+    assert [chat_text(events, index) for index in range(3)] == ["one ", "two", "three"]
+    choices = [choice for event in events for choice in event["choices"]]
+    assert [sum(c["index"] == index and c["finish_reason"] is not None for c in choices) for index in range(3)] == [1, 1, 1]
+    entries = [sum(len((c["logprobs"] or {"content": []})["content"]) for c in choices if c["index"] == index) for index in range(3)]
+    assert sum(entries) == events[-1]["usage"]["completion_tokens"]
+    assert entries[1:] == [len(words[1]), len(words[2])]
+
+
 async def test_max_tokens_defaults_to_the_room_for_chat_and_16_for_text(serve: Serve) -> None:
     async with serve() as served:
         await post(served.url, {"model": "tiny", "messages": CHAT["messages"]})
@@ -281,9 +307,14 @@ async def test_max_tokens_defaults_to_the_room_for_chat_and_16_for_text(serve: S
 async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(serve: Serve) -> None:
     async with serve(max_model_tokens=64) as served:
         status, answer, _ = await post(served.url, {**TEXT, "prompt": [5] * 60}, "/v1/completions")
-    assert status == 400
-    assert answer["error"]["code"] == "context_length_exceeded"
-    assert {"64", "60", "8."} <= set(answer["error"]["message"].split())
+        chat_status, chat_answer, _ = await post(served.url, {"model": "tiny", "messages": [{"role": "user", "content": "x" * 90}]})
+    assert (status, chat_status) == (400, 400)
+    assert answer["error"]["code"] == chat_answer["error"]["code"] == "context_length_exceeded"
+    assert (answer["error"]["param"], chat_answer["error"]["param"]) == ("prompt", "messages")
+    assert re.search(
+        r"prompt is too long: this model's maximum context length is 64 tokens.*has 60 and max_tokens is 8\b", answer["error"]["message"]
+    )
+    assert re.search(r"prompt is too long: this model's maximum context length is 64 tokens.*has 94\b", chat_answer["error"]["message"])
     assert served.generator.started == []
 
 
@@ -315,7 +346,15 @@ async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(serve: Serv
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"echo": True}, "echo"),
-        ({"made_up": 1}, "made_up"),
+        ({"baton": {"made_up": 1}}, "baton.made_up"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
+        ({"service_tier": "gold"}, "service_tier"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"chat_template_kwargs": {"messages": []}}, "messages"),
     ],
 )

@@ -15,7 +15,7 @@ def chat(**fields: object) -> ChatBody:
 
 
 def test_every_refused_field_is_known_to_an_endpoint_and_refused() -> None:
-    for name, (neutral, _) in openai_schema._NEUTRAL.items():
+    for name, (neutral, _) in openai_schema.NEUTRAL.items():
         kinds = [kind for kind in (ChatBody, CompletionBody) if name in kind.__struct_fields__]
         assert kinds, name
         parse = parse_chat if kinds[0] is ChatBody else parse_completion
@@ -41,6 +41,7 @@ def test_the_body_itself_is_named_if_no_field_is() -> None:
 def test_class_comes_from_baton_before_service_tier() -> None:
     assert chat().is_interactive()
     assert not chat(service_tier="flex").is_interactive()
+    assert all(chat(service_tier=tier).is_interactive() for tier in ("auto", "default", "scale", "priority", None))
     assert chat(service_tier="flex", baton={"class": "interactive"}).is_interactive()
 
 
@@ -83,3 +84,23 @@ def test_doubled_stop_strings_count_once() -> None:
     assert chat(stop=["a", "b", "a"]).stops() == ("a", "b")
     assert chat(stop="a").stops() == ("a",)
     assert chat().stops() == ()
+
+
+def test_unknown_fields_are_ignored_wherever_openai_may_add_one() -> None:
+    parts = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]
+    body = chat(made_up={"deep": [1]}, messages=[{"role": "user", "content": parts, "new": 1}], stream=True, stream_options={"new": True})
+    assert body.messages[0].as_template_message() == {"role": "user", "content": "a"}
+    assert parse_completion(b'{"model": "m", "prompt": "x", "messages": 5}').prompt == "x"
+
+
+def test_a_wrong_name_in_our_own_extension_is_refused() -> None:
+    with pytest.raises(ApiError, match=r"dedline_s.*correct its name") as refused:
+        chat(baton={"dedline_s": 3})
+    assert (refused.value.param, refused.value.code) == ("baton.dedline_s", "unknown_parameter")
+
+
+@pytest.mark.parametrize("bias", [{"x": 1}, {"-1": 1}, {"5": 101}, {"5": None}, 5])
+def test_a_wrong_bias_names_its_field_also_if_the_key_is_wrong(bias: object) -> None:
+    with pytest.raises(ApiError, match="logit_bias") as refused:
+        chat(logit_bias=bias)
+    assert refused.value.param == "logit_bias"

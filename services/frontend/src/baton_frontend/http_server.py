@@ -26,13 +26,18 @@ class HttpServer:
     ) -> None:
         """metrics: the text for GET /metrics; None: not served. close_timeout_s: for handlers still running at close."""
         app = web.Application(middlewares=[openai_error_middleware])
-        app.add_routes(handlers.routes())
-        if metrics is not None:
-            app.router.add_get("/metrics", _metrics_handler(metrics))
+        self.add_routes(app, handlers, metrics)
         self._limits = limits or ConnectionLimits()
         # A client that leaves cancels its handler, in every phase.
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=close_timeout_s)
         self._server: asyncio.Server | None = None
+
+    @staticmethod
+    def add_routes(app: web.Application, handlers: OpenAIHandlers, metrics: Callable[[], bytes] | None) -> None:
+        """All that is served; openapi.py describes each."""
+        app.add_routes(handlers.routes())
+        if metrics is not None:
+            app.router.add_get("/metrics", _metrics_handler(metrics))
 
     async def start(self, listen: str, *, reuse_port: bool = False) -> str:
         """Listen on "host:port" (port 0: any). Returns the bound "host:port".

@@ -16,6 +16,7 @@ from baton_frontend.openai_schema import CallBody, ChatBody, CompletionBody
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 INLINE_MESSAGES = 200  # longer chats are rendered in a thread: a message costs some us
 _PROMPT_TAIL_TOKENS = 8
+_SMALLEST_TOP_P = 2.0**-126  # of normal float32, as which it travels; 0 would mean "not given" there
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +141,12 @@ def _max_tokens(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt_toke
     room = info.max_model_tokens - prompt_tokens
     wanted = body.wanted_max_tokens()
     if room < 1 or (wanted is not None and wanted > room):
-        asked = "" if wanted is None else f" and max_tokens {wanted}"
+        asked = "" if wanted is None else f" and max_tokens is {wanted}"
         raise ApiError(
             400,
-            f"this model takes at most {info.max_model_tokens} tokens of prompt and output together; the prompt has {prompt_tokens}"
+            # "prompt is too long" and "this model's maximum context length is": LangChain and litellm know the case by these words.
+            "the prompt is too long: "
+            f"this model's maximum context length is {info.max_model_tokens} tokens, prompt and output; the prompt has {prompt_tokens}"
             f"{asked}. Shorten the prompt{'' if wanted is None else ' or lower max_tokens'}",
             param="messages" if endpoint == "chat" else "prompt",
             code="context_length_exceeded",
@@ -162,8 +165,8 @@ def _generation(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt: "ar
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
-        top_k=max(0, body.top_k or 0),
+        top_p=max(_SMALLEST_TOP_P, _or(body.top_p, 1.0)),
+        top_k=min(max(0, body.top_k or 0), info.vocab_size),
         min_p=body.min_p or 0.0,
         seed=body.checked_seed(),
         choice=choice,

@@ -16,7 +16,7 @@ from baton_runtime.errors import (
 
 _TYPES = {429: "rate_limit_error", 408: "timeout_error", 504: "timeout_error", 403: "permission_error"}
 # Most special first: the first match wins.
-_STATUS_OF: tuple[tuple[type[BatonError], int, str], ...] = (
+STATUS_OF: tuple[tuple[type[BatonError], int, str], ...] = (
     (InvalidArgument, 400, "invalid_value"),
     (NotFound, 404, "not_found"),
     (PermissionDenied, 403, "permission_denied"),
@@ -63,7 +63,7 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
 
 def from_baton_error(error: BatonError) -> ApiError:
     """Translate once, by table. Faults of ours (INTERNAL, DATA_LOSS, ...) become 500 and keep their text to the log."""
-    for kind, status, code in _STATUS_OF:
+    for kind, status, code in STATUS_OF:
         if isinstance(error, kind):
             retry_after_ms = (error.retry_after_ms or DEFAULT_RETRY_AFTER_MS) if status in (429, 503) else 0
             param = error.field if isinstance(error, InvalidArgument) else None

@@ -18,10 +18,12 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.util.types import AttributeValue
 
+from baton_frontend import openapi
 from baton_frontend.admission import Admission
 from baton_frontend.event_writer import DirectResponse, EventWriter, write_json
 from baton_frontend.generation import Generator, ModelInfo
 from baton_frontend.model_registry import LoadedModel, ModelRegistry
+from baton_frontend.openai_answers import Health, ModelCard, ModelList, Readiness
 from baton_frontend.openai_calls import PlannedCall, plan_chat, plan_completion
 from baton_frontend.openai_errors import ApiError, from_baton_error
 from baton_frontend.openai_format import Endpoint, ResponseFormat
@@ -132,6 +134,7 @@ class OpenAIHandlers:
             web.get("/v1/models/{model:.+}", self.model),
             web.get("/health", self.health),
             web.get("/ready", self.ready),
+            web.get("/openapi.json", self.openapi),
         ]
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
@@ -144,32 +147,30 @@ class OpenAIHandlers:
 
     async def models(self, _: web.Request) -> web.Response:
         """GET /v1/models."""
-        return _json({"object": "list", "data": [self._model_json(info) for info in self._generator.models()]})
+        return _json(ModelList("list", [self._model_card(info) for info in self._generator.models()]))
 
     async def model(self, request: web.Request) -> web.Response:
         """GET /v1/models/{model}."""
         try:
-            return _json(self._model_json(self._find(request.match_info["model"])))
+            return _json(self._model_card(self._find(request.match_info["model"])))
         except ApiError as error:
             return error_response(error)
 
     async def health(self, _: web.Request) -> web.Response:
         """GET /health: 200 while the process lives; says whether it is ready."""
-        return _json({"status": "ok", "ready": self._is_ready(), "models": [info.served_name for info in self._generator.models()]})
+        return _json(Health("ok", self._is_ready(), [info.served_name for info in self._generator.models()]))
 
     async def ready(self, _: web.Request) -> web.Response:
         """GET /ready: 200 if new work is taken, else 503."""
         is_ready = self._is_ready()
-        return _json({"ready": is_ready}, status=200 if is_ready else 503)
+        return _json(Readiness(is_ready), status=200 if is_ready else 503)
 
-    def _model_json(self, info: ModelInfo) -> dict[str, object]:
-        return {
-            "id": info.served_name,
-            "object": "model",
-            "created": self._started_at,
-            "owned_by": "baton",
-            "max_model_len": info.max_model_tokens,
-        }
+    async def openapi(self, _: web.Request) -> web.Response:
+        """GET /openapi.json."""
+        return web.Response(body=openapi.document(), content_type="application/json")
+
+    def _model_card(self, info: ModelInfo) -> ModelCard:
+        return ModelCard(info.served_name, "model", self._started_at, "baton", info.max_model_tokens)
 
     def _find(self, name: str) -> ModelInfo:
         if (info := self._generator.model(name)) is not None:

@@ -1,6 +1,8 @@
 """The bodies of /v1/chat/completions and /v1/completions: what is accepted, in which range, and what is refused by name.
 
-A field either works, or is harmless and ignored, or is refused. Nothing that would change the answer is ignored.
+A field this server knows either works, or is harmless and ignored, or is refused: none that would change the answer is dropped
+silently. Fields it does not know are ignored, so that a client newer than this server is served. What these types say is also
+what /openapi.json says (openapi.py).
 """
 
 import re
@@ -15,18 +17,29 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
+
 _UInt = Annotated[int, Meta(ge=0)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
-class TextPart(Struct, forbid_unknown_fields=True):
+def _schema(**keywords: object) -> Meta:
+    """What is checked by hand, for a better message or because msgspec cannot: said in the served document all the same."""
+    return Meta(extra_json_schema=keywords)
+
+
+_TOKEN_ID_KEYS = Meta(max_length=1024, extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}})
+_Stop = Annotated[str, _schema(minLength=1, maxLength=MAX_STOP_CHARS)]
+
+
+class TextPart(Struct):
     """One part of a message's content; only text."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Struct, forbid_unknown_fields=True):
+class Message(Struct):
     """One message of a chat. developer is read as system."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -38,8 +51,8 @@ class Message(Struct, forbid_unknown_fields=True):
     refusal: Any = None
     annotations: Any = None
     audio: None = None
-    tool_calls: list[Any] | None = None  # only empty
-    function_call: Any = None  # only null
+    tool_calls: Annotated[list[Any], _schema(maxItems=0)] | None = None
+    function_call: Annotated[Any, _schema(type="null")] = None
 
     def as_template_message(self) -> dict[str, object]:
         """As chat templates expect it: content is one text."""
@@ -52,7 +65,7 @@ class Message(Struct, forbid_unknown_fields=True):
         return message
 
 
-class StreamOptions(Struct, forbid_unknown_fields=True):
+class StreamOptions(Struct):
     """include_usage: one more chunk with usage before [DONE]. include_obfuscation is accepted and has no effect."""
 
     include_usage: bool | None = None
@@ -60,14 +73,17 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 
 class BatonOptions(Struct, forbid_unknown_fields=True):
-    """Our extension: the class of the request, the time it has, and whether its choices say where the time went."""
+    """Our extension: the class of the request, the time it has, and whether its choices say where the time went.
+
+    A wrong name in it is a mistake, and refused.
+    """
 
     class_: Literal["interactive", "batch"] | None = msgspec.field(name="class", default=None)
     deadline_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
     latency_budget: bool | None = None
 
 
-class CallBody(Struct, kw_only=True, forbid_unknown_fields=True):
+class CallBody(Struct, kw_only=True):
     """What both endpoints share."""
 
     model: str
@@ -77,19 +93,19 @@ class CallBody(Struct, kw_only=True, forbid_unknown_fields=True):
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     min_tokens: _UInt | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None  # -1 and 0: all
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # 0: the most likely token
+    top_k: Annotated[int, Meta(ge=-1)] | None = None  # -1, 0, and all from the size of the vocabulary on: all
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    seed: Annotated[int, _schema(minimum=MIN_SEED, maximum=MAX_SEED)] | None = None
+    stop: _Stop | Annotated[list[_Stop], _schema(maxItems=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[_UInt], Meta(max_length=256)] | None = None
     ignore_eos: bool | None = None
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
-    logit_bias: Annotated[dict[_UInt, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=2)] | None = None  # it divides logits
+    logit_bias: Annotated[dict[_UInt, Annotated[float, Meta(ge=-100, le=100)]], _TOKEN_ID_KEYS] | None = None
     return_token_ids: bool | None = None
-    service_tier: Literal["auto", "default", "priority", "flex"] | None = None  # flex: batch class
+    service_tier: Literal["auto", "default", "scale", "priority", "flex"] | None = None  # flex: batch class
     baton: BatonOptions | None = None
 
     # Harmless: kept by OpenAI for its own books, no effect on the answer.
@@ -100,7 +116,7 @@ class CallBody(Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
 
-    # Would change the answer; only their neutral values pass (see _NEUTRAL).
+    # Would change the answer; only their neutral values pass (see NEUTRAL).
     best_of: Any = None
     use_beam_search: Any = None
     length_penalty: Any = None
@@ -130,7 +146,7 @@ class CallBody(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def checked_seed(self) -> int | None:
         """The seed as an unsigned 64-bit number."""
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+        if self.seed is not None and not MIN_SEED <= self.seed <= MAX_SEED:
             raise invalid("seed", "seed must be a 64-bit integer")
         return None if self.seed is None else self.seed % 2**64
 
@@ -149,7 +165,7 @@ class CallBody(Struct, kw_only=True, forbid_unknown_fields=True):
         return None
 
 
-class ChatBody(CallBody, kw_only=True, forbid_unknown_fields=True):
+class ChatBody(CallBody, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
@@ -188,7 +204,7 @@ class ChatBody(CallBody, kw_only=True, forbid_unknown_fields=True):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionBody(CallBody, kw_only=True, forbid_unknown_fields=True):
+class CompletionBody(CallBody, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[str | int | list[_UInt]]
@@ -220,7 +236,7 @@ class CompletionBody(CallBody, kw_only=True, forbid_unknown_fields=True):
 
 
 # Values of refused fields that ask for nothing. Everything else is answered 400 with the reason.
-_NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
+NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "best_of": ((1,), "use n"),
     "use_beam_search": ((False,), "beam search is not supported"),
     "length_penalty": ((1, 1.0), "beam search is not supported"),
@@ -254,13 +270,13 @@ _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "suffix": (("",), "insertion is not supported"),
 }
 _NEUTRAL_OF = {
-    kind: tuple((name, *_NEUTRAL[name]) for name in _NEUTRAL if name in kind.__struct_fields__) for kind in (ChatBody, CompletionBody)
+    kind: tuple((name, *NEUTRAL[name]) for name in NEUTRAL if name in kind.__struct_fields__) for kind in (ChatBody, CompletionBody)
 }
 
 _B = TypeVar("_B", ChatBody, CompletionBody)
 _chat_decoder = msgspec.json.Decoder(ChatBody)
 _completion_decoder = msgspec.json.Decoder(CompletionBody)
-_PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _FIELD = re.compile(r"(?:unknown|missing required) field `([^`]+)`")
 
 
@@ -285,11 +301,11 @@ def _decode(decoder: "msgspec.json.Decoder[_B]", data: bytes) -> _B:
 
 def _wrong_field(text: str) -> ApiError:
     path_found, field_found = _PATH.search(text), _FIELD.search(text)
-    names = [path_found.group(1) if path_found else "", field_found.group(1) if field_found else ""]
+    names = [path_found.group(1).replace("[...]", "") if path_found else "", field_found.group(1) if field_found else ""]
     path = ".".join(filter(None, names)) or None
     what = _PATH.sub("", text)
     if field_found and "unknown field" in what:
-        return ApiError(400, f"{path} is not known to this server; remove it", param=path, code="unknown_parameter")
+        return ApiError(400, f"{path} is not known; correct its name or remove it", param=path, code="unknown_parameter")
     if field_found:
         return ApiError(400, f"{path} is required", param=path, code="missing_required_parameter")
     return ApiError(400, f"{path or 'the body'}: {what[:1].lower()}{what[1:]}", param=path, code="invalid_value")
