@@ -9,7 +9,7 @@ from baton_handoff.ids import EndReason as HandoffEndReason
 from baton_handoff.ids import FailureCause, FetchEnd, FetchHint, FetchOutcome, HandoffEnd, PeerRef
 from baton_runtime.errors import Draining, InvalidArgument, QueueFull
 from baton_runtime.telemetry import configure_telemetry
-from baton_worker.dispatch import Dispatcher
+from baton_worker.dispatch import MAX_DEADLINES_PER_ATTEMPT, MIN_DEADLINES_SWEPT, Dispatcher
 from baton_worker.metrics import WorkerMetrics
 from baton_worker.starts import StartLimits
 from baton_worker.testing import FakeEngine, FakeHandoffs, start_message
@@ -195,6 +195,18 @@ def test_deadline_of_an_ended_attempt_does_nothing(rig: Rig) -> None:
     rig.ended(EndReason.STOP)
     rig.dispatcher.tick(200.0)
     assert rig.engine.cancelled == []
+
+
+def test_deadlines_of_ended_attempts_are_not_kept_until_they_pass(rig: Rig) -> None:
+    """Every request has one, of an hour if it names none: a million short requests must not be remembered for so long."""
+    rig.start(deadline_ms=3_600_000)
+    for number in range(2, 2 * MIN_DEADLINES_SWEPT):
+        rig.start(request_id=f"f-{number}", deadline_ms=3_600_000)
+        rig.step(rig.engine.ended(SequenceKey(f"f-{number}", 1), EndReason.LENGTH))
+        rig.dispatcher.tick(100.0)
+    assert len(rig.dispatcher._deadlines) <= MIN_DEADLINES_SWEPT + MAX_DEADLINES_PER_ATTEMPT
+    rig.dispatcher.tick(3700.0)
+    assert rig.engine.cancelled == [KEY]
 
 
 def test_draining_refuses_new_work_and_hands_the_rest_back_as_preempted(rig: Rig) -> None:

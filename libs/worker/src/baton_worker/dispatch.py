@@ -35,6 +35,9 @@ _HANDOFF_CANCEL = {
     pb.FINISH_REASON_ENGINE_ERROR: "ENGINE_ERROR",
 }
 
+# Deadlines are an hour off, attempts are over in seconds: those of ended ones are swept once they are most of what is kept.
+MAX_DEADLINES_PER_ATTEMPT, MIN_DEADLINES_SWEPT = 4, 1024
+
 
 class Handoffs(Protocol):
     """What the dispatcher needs of `baton_handoff.manager.HandoffManager`."""
@@ -198,6 +201,9 @@ class Dispatcher:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, key = heapq.heappop(self._deadlines)
             self._end_ourselves(key, pb.FINISH_REASON_DEADLINE)
+        if len(self._deadlines) > MAX_DEADLINES_PER_ATTEMPT * len(self._attempts) + MIN_DEADLINES_SWEPT:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._attempts]
+            heapq.heapify(self._deadlines)
 
     def set_draining(self) -> None:
         """Refuse new work from now on."""
