@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from baton_contracts.router.v1 import router_service_pb2 as router_pb2
 from baton_frontend.active_request import ActiveRequest
+from baton_frontend.requests import ManagerSettings
 from baton_frontend.testing_bench import Bench, RecordingSink, running_bench, until
 from baton_frontend.testing_workers import FakeRouter, FakeWorker, expected_output, placed_on
 from baton_runtime.errors import DeadlineExceeded
@@ -135,6 +136,16 @@ async def test_deadline_ends_it_everywhere(fleet: Fleet) -> None:
 
 
 async def test_closing_frontend_ends_everything(fleet: Fleet) -> None:
+async def test_a_request_without_a_deadline_of_its_own_has_the_default() -> None:
+    async with running_bench(ManagerSettings(default_deadline_s=0.3)) as bench:
+        worker = await FakeWorker("decode-0", "d0").open()
+        await bench.ready(worker)
+        sink, _ = bench.submit(max_tokens=100_000)
+        assert isinstance((await sink.end()).error, DeadlineExceeded)
+        assert 0 < worker.starts[0].deadline_ms <= 300
+        await worker.close()
+
+
     submitted = [fleet.bench.submit(max_tokens=1000) for _ in range(20)]
     for sink, _ in submitted:
         await sink.until(lambda sink=sink: len(sink.tokens) > 2)

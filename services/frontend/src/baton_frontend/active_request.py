@@ -73,7 +73,8 @@ class ActiveRequest:
         self._query: tuple[RouterLink, int] | None = None  # open
         self._placed_by: tuple[RouterLink, int] | None = None  # whose load counts the running attempt
         self._query_at = 0.0
-        self._deadline = None if generation.deadline_s is None else manager.clock() + generation.deadline_s
+        deadline_s = manager.settings.default_deadline_s if generation.deadline_s is None else generation.deadline_s
+        self._deadline = manager.clock() + deadline_s
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._wake_timer: asyncio.TimerHandle | None = None
         self._report = RequestReport(request_id, generation, manager.tracer, manager.metrics, manager.log, manager.clock, trace_context)
@@ -202,9 +203,11 @@ class ActiveRequest:
         )
         link.ask(query, self)
 
-    def check_route_limit(self, now: float) -> None:
-        """Give up a question no router answers."""
-        if self._query is not None and now - self._query_at >= self._manager.settings.route_limit_s:
+    def check_limits(self, now: float) -> None:
+        """Give up a question no router answers, and a request that is past the default deadline, which has no timer of its own."""
+        if now >= self._deadline:
+            self._on_deadline()
+        elif self._query is not None and now - self._query_at >= self._manager.settings.route_limit_s:
             self._withdraw()
             self._do(self.request.refused(self.request.attempt, "OVERLOADED", "no placement in time", 0, now))
 

@@ -29,6 +29,7 @@ class FrontendConfig(CommonConfig):
     new_patience_s: how long a request that never ran keeps asking while it is refused.
     resume_patience_s: how long one that did keeps asking.
     route_limit_s: how long a question to a router may stay unanswered.
+    default_deadline_s: from admission to the end of a request that names no baton.deadline_s; past it, it fails with 504.
     """
 
     http_listen: str = "127.0.0.1:8000"
@@ -47,3 +48,4 @@ class FrontendConfig(CommonConfig):
     new_patience_s: _Seconds = 2.0
     resume_patience_s: _Seconds = 30.0
     route_limit_s: _Seconds = 600.0
+    default_deadline_s: Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)] = 3600.0

@@ -49,7 +49,7 @@ class Generation:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     interactive: bool = True  # False: batch class
-    deadline_s: float | None = None  # time left from submit on; None: none
+    deadline_s: float | None = None  # time left from submit on; None: the generator's default
     operation: Literal["chat", "text_completion"] = "chat"  # gen_ai.operation.name, for spans and logs
 
 

@@ -35,9 +35,9 @@ def priority_of(generation: Generation) -> worker_pb2.Priority:
     return worker_pb2.PRIORITY_INTERACTIVE if generation.interactive else worker_pb2.PRIORITY_BATCH
 
 
-def remaining_ms(deadline: float | None, now: float) -> int:
-    """Time left for a message field, at least 1; 0: no deadline."""
-    return 0 if deadline is None else max(1, round((deadline - now) * 1000))
+def remaining_ms(deadline: float, now: float) -> int:
+    """Time left for a message field, at least 1."""
+    return max(1, round((deadline - now) * 1000))
 
 
 def start_message(

@@ -24,17 +24,19 @@ from baton_frontend.route_client import RouteClient
 from baton_frontend.workers import Workers
 
 TICK_S = 0.05
-ROUTE_LIMIT_CHECK_S = 1.0
+LIMITS_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
     """max_inflight: generations beyond are refused. resumes_per_tick: resumes asked for per 50 ms. route_limit_s: an unanswered
-    question is given up after this long. retry_after_ms: advice with a refusal at admission."""
+    question is given up after this long. default_deadline_s: of a generation that has none of its own, looked at once a second.
+    retry_after_ms: advice with a refusal at admission."""
 
     max_inflight: int = 4096
     resumes_per_tick: int = 32
     route_limit_s: float = 600.0
+    default_deadline_s: float = 3600.0
     retry_after_ms: int = 1000
     limits: RequestLimits = field(default_factory=RequestLimits)
 
@@ -74,7 +76,7 @@ class RequestManager:
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._next_route_check = 0.0
+        self._next_limits_check = 0.0
         workers.observer = self
 
     # --- Generator
@@ -147,10 +149,10 @@ class RequestManager:
         self.routes.tick(now)
         for active, ask in self._pacer.tick():
             active.ask_now(ask)
-        if now >= self._next_route_check:
-            self._next_route_check = now + ROUTE_LIMIT_CHECK_S
+        if now >= self._next_limits_check:
+            self._next_limits_check = now + LIMITS_CHECK_S
             for active in list(self._active.values()):
-                active.check_route_limit(now)
+                active.check_limits(now)
             self._observe()
 
     def _observe(self) -> None:

@@ -170,6 +170,7 @@ def _manager_settings(config: FrontendConfig) -> ManagerSettings:
         max_inflight=config.max_inflight,
         resumes_per_tick=config.resumes_per_tick,
         route_limit_s=config.route_limit_s,
+        default_deadline_s=config.default_deadline_s,
         retry_after_ms=config.retry_after_ms,
         limits=RequestLimits(
             max_attempts=config.max_attempts, new_patience_s=config.new_patience_s, resume_patience_s=config.resume_patience_s
