@@ -71,6 +71,7 @@ async def test_during_the_handoff_both_sides_are_told(fleet: Fleet) -> None:
     for worker in (fleet.decode, fleet.prefill):
         await worker.until(lambda worker=worker: [c.request_id for c in worker.cancels] == [handle.request_id])
     await fleet.is_clean(sink, handle)
+    assert fleet.bench.registry.get_sample_value("baton_cancel_to_freed_seconds_count") == 2
 
 
 async def test_in_mid_stream_nothing_more_is_delivered(fleet: Fleet) -> None:

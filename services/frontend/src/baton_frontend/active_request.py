@@ -140,6 +140,8 @@ class ActiveRequest:
 
     def on_finished(self, lane: Lane, finished: worker_pb2.Finished) -> None:
         """See `LaneOwner`."""
+        if lane.is_cancelled:
+            self._manager.metrics.cancel_to_freed.observe(self._manager.clock() - lane.cancelled_at)
         self._do(self.request.finished(lane.attempt, lane.role, finished, self._manager.clock(), self._manager.workers.is_healthy))
 
     def on_lost(self, lane: Lane, reason: str) -> None:

@@ -130,11 +130,11 @@ class AttachClient:
         """End a lane. Its slot stays taken until the worker says so or the session ends; its owner may still hear of it. Idempotent."""
         if lane.is_cancelled or self._lanes.get(lane.slot) is not lane:
             return
-        lane.is_cancelled = True
+        lane.is_cancelled, lane.cancelled_at = True, self._clock()
         if self._unsent.pop(lane.slot, None) is not None:
             self._lanes.close(lane)  # the worker never heard of it
             return
-        self._cancels.append((worker_pb2.Cancel(request_id=lane.request_id, attempt=lane.attempt), self._clock()))
+        self._cancels.append((worker_pb2.Cancel(request_id=lane.request_id, attempt=lane.attempt), lane.cancelled_at))
         self._wake.set()
 
     def tick(self, now: float) -> None:

@@ -49,7 +49,7 @@ class LaneOwner(Protocol):
 class Lane:
     """One attempt on one worker, named by a slot until the worker reported its end or its session ended."""
 
-    __slots__ = ("attempt", "is_cancelled", "is_sent", "owner", "request_id", "role", "slot")
+    __slots__ = ("attempt", "cancelled_at", "is_cancelled", "is_sent", "owner", "request_id", "role", "slot")
 
     def __init__(self, slot: int, owner: LaneOwner, request_id: str, attempt: int, role: Role) -> None:
         self.slot = slot
@@ -59,6 +59,7 @@ class Lane:
         self.role = role
         self.is_sent = False  # the Start is in a message that was given to the stream
         self.is_cancelled = False
+        self.cancelled_at = 0.0
 
 
 class LaneTable:

@@ -48,6 +48,12 @@ class FrontendMetrics:
             buckets=_CANCEL_SECONDS,
             registry=registry,
         )
+        self.cancel_to_freed = Histogram(
+            "baton_cancel_to_freed_seconds",
+            "From the end of an attempt (its client left, a stop string, ...) to its worker's word that it is over, its blocks free.",
+            buckets=_CANCEL_SECONDS,
+            registry=registry,
+        )
         self.attached_workers = Gauge("baton_attached_workers", "Workers with a live Attach stream.", registry=registry)
         self.live_routers = Gauge("baton_live_routers", "Routers with a live Route stream.", registry=registry)
         self.paced_asks = Gauge("baton_paced_asks", "Questions held back so that resumes go first.", registry=registry)
