@@ -136,7 +136,6 @@ async def test_deadline_ends_it_everywhere(fleet: Fleet) -> None:
     await fleet.is_clean(sink, handle)
 
 
-async def test_closing_frontend_ends_everything(fleet: Fleet) -> None:
 async def test_a_request_without_a_deadline_of_its_own_has_the_default() -> None:
     async with running_bench(ManagerSettings(default_deadline_s=0.3)) as bench:
         worker = await FakeWorker("decode-0", "d0").open()
@@ -147,6 +146,7 @@ async def test_a_request_without_a_deadline_of_its_own_has_the_default() -> None
         await worker.close()
 
 
+async def test_closing_frontend_ends_everything(fleet: Fleet) -> None:
     submitted = [fleet.bench.submit(max_tokens=1000) for _ in range(20)]
     for sink, _ in submitted:
         await sink.until(lambda sink=sink: len(sink.tokens) > 2)
