@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -68,20 +68,38 @@ class Proxy:
     def __init__(self) -> None:
         self.target: tuple[str, int] | None = None
         self.is_open = True
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()  # to the client, to the target
+        self._server: asyncio.Server | None = None
+        self._port = 0
 
     @property
     def address(self) -> str:
         """host:port clients connect to."""
-        host, port = self._server.sockets[0].getsockname()
-        return f"{host}:{port}"
+        return f"127.0.0.1:{self._port}"
 
-    def cut(self) -> int:
-        """Reset every connection now; new ones are served if is_open. Returns how many were cut."""
-        cut = len(self._writers) // 2
-        for writer in self._writers:
-            writer.transport.abort()
-        return cut
+    @property
+    def is_listening(self) -> bool:
+        """Whether connections are accepted, be it to be reset at once."""
+        return self._server is not None
+
+    async def listen(self) -> None:
+        """Accept connections; always on the same port."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    def refuse(self) -> None:
+        """Accept none from now on: as if nobody listened there. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def cut(self, client_ports: Collection[int] | None = None) -> int:
+        """Reset connections now, all or those from these ports; new ones are served if is_open. Returns how many were cut."""
+        cut = [pair for pair in self._pairs if client_ports is None or pair[0].get_extra_info("peername")[1] in client_ports]
+        for pair in cut:
+            for writer in pair:
+                writer.transport.abort()
+        return len(cut)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not self.is_open or self.target is None:
@@ -92,11 +110,12 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, up_writer}
+        pair = writer, up_writer
+        self._pairs.add(pair)
         try:
             await asyncio.gather(_copy(reader, up_writer), _copy(up_reader, writer))
         finally:
-            self._writers -= {writer, up_writer}
+            self._pairs.discard(pair)
             writer.transport.abort()
             up_writer.transport.abort()
 
@@ -115,9 +134,9 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def proxy() -> AsyncIterator[Proxy]:
     """A proxy on a free loopback port."""
     made = Proxy()
-    made._server = await asyncio.start_server(made._serve, "127.0.0.1", 0)
+    await made.listen()
     try:
         yield made
     finally:
         made.cut()
-        made._server.close()
+        made.refuse()

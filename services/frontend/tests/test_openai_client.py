@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+from baton_frontend.request_errors import EngineCrash
 from baton_runtime.errors import QueueFull
 
 Serve = Any
@@ -80,6 +81,14 @@ async def test_the_client_tries_again_after_429(serve: Serve) -> None:
         await until(lambda: bool(served.records))
         served.generator.refusal = None
         assert (await task).choices[0].finish_reason == "length"
+
+
+async def test_the_client_does_not_send_again_what_workers_died_of(serve: Serve) -> None:
+    async with serve() as served, openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=2) as client:
+        served.generator.refusal = EngineCrash(2)
+        with pytest.raises(openai.InternalServerError, match="2 workers failed"):
+            await client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1)
+    assert len(served.records) == 1
 
 
 async def test_a_stream_left_midway_is_cancelled(serve: Serve) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from baton_frontend.openai_errors import ApiError, from_baton_error
+from baton_frontend.request_errors import EngineCrash
 from baton_runtime.errors import (
     BatonError,
     DataLoss,
@@ -31,6 +32,7 @@ from baton_runtime.errors import (
         (DeadlineExceeded(), 504),
         (Internal("1234"), 500),
         (DataLoss("bytes of prompt"), 500),
+        (EngineCrash(2), 500),
         (StaleAttempt("r", 1, 2), 500),
     ],
 )
@@ -40,6 +42,14 @@ def test_status_of_each_error(error: BatonError, status: int) -> None:
 
 def test_faults_of_ours_do_not_show_their_text() -> None:
     assert "secret" not in from_baton_error(DataLoss("secret")).message
+
+
+def test_a_request_that_workers_died_of_says_so_and_is_not_to_be_sent_again() -> None:
+    """OpenAI's clients send a call that got a 5xx again, twice: four more workers."""
+    error = from_baton_error(EngineCrash(2))
+    assert "2 workers failed while they ran this request" in error.message
+    assert error.headers() == {"X-Should-Retry": "false"}
+    assert from_baton_error(Unavailable("x")).headers().keys() == {"Retry-After", "Retry-After-Ms"}
 
 
 def test_the_field_becomes_the_param() -> None:

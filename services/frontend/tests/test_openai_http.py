@@ -198,6 +198,28 @@ async def test_a_stop_token_has_no_text_but_counts(serve: Serve, tokenizer: Toke
     assert events[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
+async def test_a_prompt_that_one_choice_had_to_compute_does_not_count_as_cached(serve: Serve) -> None:
+    """The second choice found what the first had computed."""
+    async with serve(is_manual=True) as served:
+        task = asyncio.create_task(post(served.url, {**CHAT, "n": 2}))
+        await until(lambda: len(served.generator.live) == 2)
+        for started, cached in zip(served.generator.live, (1, 4), strict=True):
+            started.push(70)
+            started.end("length", cached_tokens=cached)
+        _, answer, _ = await task
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+
+
+async def test_a_generation_knows_every_token_that_ends_it(serve: Serve, tokenizer: Tokenizer) -> None:
+    """Should its worker die after the last token and before the last word, the owner goes by these."""
+    own = tokenizer.token_to_id("<|end|>")
+    async with serve() as served:
+        for ignore_eos in (False, True):
+            await post(served.url, {**CHAT, "stop_token_ids": [9], "ignore_eos": ignore_eos})
+        found = [started.generation.end_token_ids for started in served.generator.started]
+    assert found == [frozenset({9, own}), frozenset({9})]
+
+
 async def test_min_tokens_keeps_stop_strings_quiet(serve: Serve, tokenizer: Tokenizer) -> None:
     one = tokenizer.token_to_id("o")
     async with serve(tokens_of=lambda g: [one] * g.max_tokens) as served:
@@ -465,6 +487,13 @@ async def test_a_failure_before_the_first_token_is_a_status(serve: Serve) -> Non
             served.generator.live[0].end("failed", error=Unavailable("every decode instance is gone"))
             status, answer, _ = await task
             assert (status, answer["error"]["code"]) == (503, "unavailable")
+
+
+async def test_choices_of_a_prompt_share_what_died_under_them(serve: Serve) -> None:
+    async with serve() as served:
+        await post(served.url, {**TEXT, "prompt": ["a", "b"], "n": 2}, "/v1/completions")
+        crashes = [id(started.generation.crashes) for started in served.generator.started]
+    assert crashes[0] == crashes[1] != crashes[2] == crashes[3]
 
 
 async def test_a_failure_in_mid_stream_is_an_error_event(serve: Serve) -> None:

@@ -4,9 +4,10 @@ from array import array
 
 import pytest
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
-from baton_frontend.generation import Generation, GenerationEnd
+from baton_frontend.generation import Crashes, Generation, GenerationEnd
 from baton_frontend.placement import Action, Ask, End, Placement, ReportPathDown, Role, StartAttempt, StopAttempt, Target, Wake, Withdraw
 from baton_frontend.request import Phase, Request, RequestLimits
+from baton_frontend.request_errors import EngineCrash
 from baton_runtime.errors import DeadlineExceeded, InvalidArgument, QueueFull, Unavailable
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -191,6 +192,34 @@ def test_two_deaths_under_a_request_fail_it() -> None:
     assert end.error.reason == "ENGINE_CRASH"
 
 
+def choices_on(*placements: Placement) -> list[Request]:
+    """Choices of one prompt, each running where it says."""
+    crashes = Crashes()
+    return [running(placement, choice=index, crashes=crashes) for index, placement in enumerate(placements)]
+
+
+def test_two_deaths_under_choices_of_one_prompt_fail_it() -> None:
+    """It may be the prompt that kills: n choices must not cost two workers each."""
+    first, second = choices_on(Placement(D0), Placement(D1))
+    assert next_ask(first.lost(1, Role.DECODE, NOW, has_run=True)).attempt == 2
+    error = end_of(second.lost(1, Role.DECODE, NOW, has_run=True)).error
+    assert isinstance(error, EngineCrash)
+    assert error.facts == {"num_crashes": "2"}
+
+
+def test_one_death_under_several_choices_is_one() -> None:
+    for request in choices_on(PAIR, PAIR, Placement(D0)):
+        assert next_ask(request.lost(1, Role.DECODE, NOW, has_run=True)).attempt == 2
+
+
+def test_a_pair_that_dies_together_under_several_choices_is_one_death() -> None:
+    first, second = choices_on(PAIR, PAIR)
+    told = finish(pb.FINISH_REASON_HANDOFF_FAILED, pb.HANDOFF_FAILURE_CAUSE_PEER_FENCED)
+    assert next_ask(ended(first, Role.DECODE, told, healthy=False)).excluded == ("p0",)
+    assert next_ask(second.lost(1, Role.DECODE, NOW, has_run=True)).excluded == ("d0",)
+    assert first.died("p0") == []
+
+
 def test_a_worker_that_never_got_the_start_did_not_die_under_the_request() -> None:
     request = running()
     request.lost(1, Role.DECODE, NOW, has_run=False)
@@ -248,7 +277,7 @@ def test_lost_last_word_after_the_last_token_is_the_end() -> None:
 
 
 def test_lost_last_word_after_a_stop_token_is_the_end() -> None:
-    request = running(stop_token_ids=(6,))
+    request = running(end_token_ids=frozenset({6}))
     request.take(1, Role.DECODE, 0, [5, 6])
     end = end_of(request.lost(1, Role.DECODE, NOW, has_run=True))
     assert (end.reason, end.stop_token_id) == ("stop", 6)

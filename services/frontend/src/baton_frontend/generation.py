@@ -29,6 +29,18 @@ class ModelInfo:
     hash_block_tokens: int
 
 
+@dataclass(slots=True)
+class Crashes:
+    """Workers that died while they ran a choice of one prompt: its choices share it, for it may be the prompt that kills."""
+
+    incarnations: tuple[str, ...] = ()
+
+    def note(self, incarnation: str, pair: Sequence[str]) -> None:
+        """A worker died under an attempt of this pair. Both of a pair, as when their machine dies, are one."""
+        if not any(other in self.incarnations for other in pair):
+            self.incarnations += (incarnation,)
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One choice of one user call, validated and tokenized, ready to be placed. Ranges as in baton.worker.v1.Sampling."""
@@ -45,6 +57,7 @@ class Generation:
     choice: int = 0  # index within the user call
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    end_token_ids: frozenset[int] = frozenset()  # whatever ends the output: those above, and the model's own unless ignore_eos
     top_logprobs: int | None = None  # None: no logprobs
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -54,6 +67,7 @@ class Generation:
     deadline_s: float | None = None  # time left from submit on; None: the frontend's default
     wants_latency_budget: bool = False  # in its end
     operation: Literal["chat", "text_completion"] = "chat"  # gen_ai.operation.name, for spans and logs
+    crashes: Crashes = field(default_factory=Crashes, compare=False)  # of all choices of the prompt; the generator's to fill
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,7 @@ from functools import partial
 
 from baton_frontend.chat_template import ChatTemplate, TemplateRefused
 from baton_frontend.choice_text import ChoiceText
-from baton_frontend.generation import Generation, ModelInfo
+from baton_frontend.generation import Crashes, Generation, ModelInfo
 from baton_frontend.model_registry import LoadedModel
 from baton_frontend.openai_errors import ApiError, invalid
 from baton_frontend.openai_format import Endpoint
@@ -105,12 +105,12 @@ def _plan(
         raise invalid("n", f"n is {num_choices}; at most {max_generations} choices are allowed in one call")
     _check_ids("stop_token_ids", body.stop_token_ids or (), info.vocab_size)
     _check_ids("logit_bias", tuple(body.logit_bias or ()), info.vocab_size)
+    ending = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else loaded.eos_token_ids)
     generations = [
-        _generation(endpoint, body, info, prompt, choice, _max_tokens(endpoint, body, info, len(prompt)))
-        for prompt in prompts
+        _generation(endpoint, body, info, prompt, choice, _max_tokens(endpoint, body, info, len(prompt)), ending, crashes)
+        for prompt, crashes in ((prompt, Crashes()) for prompt in prompts)
         for choice in range(num_choices)
     ]
-    ending = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else loaded.eos_token_ids)
     return PlannedCall(
         endpoint=endpoint,
         is_stream=bool(body.stream),
@@ -158,7 +158,16 @@ def _max_tokens(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt_toke
     return wanted
 
 
-def _generation(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt: "array[int]", choice: int, max_tokens: int) -> Generation:
+def _generation(
+    endpoint: Endpoint,
+    body: CallBody,
+    info: ModelInfo,
+    prompt: "array[int]",
+    choice: int,
+    max_tokens: int,
+    end_token_ids: frozenset[int],
+    crashes: Crashes,
+) -> Generation:
     return Generation(
         model=info.served_name,
         prompt_token_ids=prompt,
@@ -172,6 +181,7 @@ def _generation(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt: "ar
         choice=choice,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
+        end_token_ids=end_token_ids,
         top_logprobs=body.wanted_top_logprobs(),
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
@@ -181,6 +191,7 @@ def _generation(endpoint: Endpoint, body: CallBody, info: ModelInfo, prompt: "ar
         deadline_s=body.baton.deadline_s if body.baton is not None else None,
         wants_latency_budget=body.baton is not None and bool(body.baton.latency_budget),
         operation="chat" if endpoint == "chat" else "text_completion",
+        crashes=crashes,
     )
 
 

@@ -41,7 +41,8 @@ _DECODE, _RUNNING = Role.DECODE, Phase.RUNNING
 class RequestLimits:
     """What a request may cost before it is failed.
 
-    max_attempts: placements that failed, refusals not counted. max_crashes: attempts during which a worker died.
+    max_attempts: placements that failed, refusals not counted. max_crashes: attempts during which a worker died, or workers that died
+    under choices of the same prompt.
     new_patience_s, resume_patience_s: how long a request that never ran, or one that did, keeps asking while it is refused.
     cancel_wait_s: how long a cancelled request waits for decode's usage.
     deadline_s: from admission to the end, for requests that do not say their own.
@@ -101,7 +102,8 @@ class Request:
         self.resumed = 0
         self._open: set[Role] = set()  # sides of this attempt that have not ended
         self._excluded: dict[str, None] = {}  # incarnations, in order of their failure
-        self._suspects: dict[str, int] = {}  # incarnation a peer called dead -> attempt; counts once we fence it too
+        # incarnation a peer called dead -> attempt, its workers; counts once we fence it too
+        self._suspects: dict[str, tuple[int, tuple[str, ...]]] = {}
         self._crashed_attempts: set[int] = set()
         self._failures = 0
         self._waits = 0  # since an attempt last ran
@@ -243,13 +245,13 @@ class Request:
 
     def died(self, incarnation: str) -> list[Action]:
         """We have fenced this worker: if a peer of it said so first, the attempt it was running counts as crashed now."""
-        attempt = self._suspects.pop(incarnation, None)
-        if attempt is None or self.phase is Phase.ENDED:
+        suspect = self._suspects.pop(incarnation, None)
+        if suspect is None or self.phase is Phase.ENDED:
             return []
-        self._crashed_attempts.add(attempt)
-        if len(self._crashed_attempts) < self._limits.max_crashes or self.phase is Phase.CANCELLING:
+        self._note_crash(incarnation, *suspect)
+        if self._num_crashes < self._limits.max_crashes or self.phase is Phase.CANCELLING:
             return []
-        return self._fail(EngineCrash(len(self._crashed_attempts)))
+        return self._fail(EngineCrash(self._num_crashes))
 
     # --- ending from outside
 
@@ -298,6 +300,20 @@ class Request:
         target = self.placement.target(role) if self.placement is not None else None
         return target.incarnation if target is not None else ""
 
+    def _pair(self) -> tuple[str, ...]:
+        """Incarnations of this attempt."""
+        return tuple(filter(None, (self._incarnation(Role.DECODE), self._incarnation(Role.PREFILL))))
+
+    def _note_crash(self, incarnation: str, attempt: int, pair: tuple[str, ...]) -> None:
+        if attempt not in self._crashed_attempts:
+            self._crashed_attempts.add(attempt)
+            self._generation.crashes.note(incarnation, pair)
+
+    @property
+    def _num_crashes(self) -> int:
+        """Of this choice, or of all that share its prompt."""
+        return max(len(self._crashed_attempts), len(self._generation.crashes.incarnations))
+
     def _note_usage(self, role: Role, finished: worker_pb2.Finished) -> None:
         # The first attempt that says so is the client's prefix hit; later ones also find what this request computed itself.
         # Decode's word goes before prefill's of the same attempt.
@@ -321,7 +337,7 @@ class Request:
         if failure.cause not in _PAIR_CAUSES:
             return self._attempt_failed(cause, exclude=prefill)
         if not is_healthy(peer):
-            self._suspects[peer] = self.attempt
+            self._suspects[peer] = self.attempt, self._pair()
             return self._attempt_failed(cause, exclude=peer)
         actions: list[Action] = [ReportPathDown(prefill, decode)] if prefill else []
         # Of a pair that cannot reach each other, decode is worth keeping: it has what was confirmed.
@@ -351,11 +367,11 @@ class Request:
 
     def _attempt_failed(self, cause: str, exclude: str = "", has_crashed: bool = False) -> list[Action]:
         if has_crashed:
-            self._crashed_attempts.add(self.attempt)
+            self._note_crash(exclude, self.attempt, self._pair())
         if (done := self._complete_already()) is not None:
             return done
-        if len(self._crashed_attempts) >= self._limits.max_crashes:
-            return self._fail(EngineCrash(len(self._crashed_attempts)))
+        if has_crashed and self._num_crashes >= self._limits.max_crashes:
+            return self._fail(EngineCrash(self._num_crashes))
         self._failures += 1
         if self._failures >= self._limits.max_attempts:
             return self._fail(AttemptsExhausted(self._failures, cause))
@@ -371,7 +387,7 @@ class Request:
         generation = self._generation
         if self.remaining_tokens <= 0:
             return self._finish("length")
-        if self.output and self.output[-1] in generation.stop_token_ids and len(self.output) > generation.min_tokens:
+        if self.output and self.output[-1] in generation.end_token_ids and len(self.output) > generation.min_tokens:
             return self._finish("stop", stop_token_id=self.output[-1])
         return None
 

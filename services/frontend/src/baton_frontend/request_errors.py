@@ -30,7 +30,10 @@ class EngineCrash(BatonError):
     status = grpc.StatusCode.INTERNAL
 
     def __init__(self, num_crashes: int) -> None:
-        super().__init__(f"engine_crash: {num_crashes} workers failed while they ran this request", num_crashes=num_crashes)
+        super().__init__(
+            f"{num_crashes} workers failed while they ran this request, so it is not tried again; change it before you send it again",
+            num_crashes=num_crashes,
+        )
 
 
 class AdmissionFull(QueueFull):

@@ -151,7 +151,7 @@ class Call:
             await self._wake
 
     def usage(self) -> Usage:
-        """Tokens of all choices. A prompt shared by several choices counts once."""
+        """Tokens of all choices. A prompt shared by several choices counts once, and as cached what none of them had to compute."""
         if len(self.choices) == 1:
             (only,) = self.choices
             cached = only.end.cached_tokens if only.end is not None else 0
@@ -160,7 +160,7 @@ class Call:
         for choice in self.choices:
             prompt = choice.generation.prompt_token_ids
             cached = choice.end.cached_tokens if choice.end is not None else 0
-            prompts[id(prompt)] = (len(prompt), max(cached, prompts.get(id(prompt), (0, 0))[1]))
+            prompts[id(prompt)] = (len(prompt), min(cached, prompts.get(id(prompt), (0, cached))[1]))
         completion = sum(choice.text.num_tokens for choice in self.choices)
         return Usage(sum(size for size, _ in prompts.values()), completion, sum(cached for _, cached in prompts.values()))
 
