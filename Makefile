@@ -14,6 +14,15 @@ SOAK ?=
 MODEL ?=
 FAULTS ?=
 
+# Tests of units, and of clusters that no second cluster beside them disturbs, run in several processes. The faults have the machine
+# to themselves: they measure time.
+WORKERS ?= logical
+AT_ONCE := -n $(WORKERS) --maxprocesses 4 --dist worksteal
+UNITS := $(addsuffix /tests,$(MEMBERS))
+ALONE := tests --ignore tests/e2e
+# Processes are started by the hundred: not one should compile our sources again, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults soak test-alone check format lint types proto proto-check \
 	bench-handoff plot-handoff ci clean
@@ -38,16 +47,18 @@ up: $(VENV)/.ready ## start Baton: five services, etcd, the demo model (MODEL=fo
 	@$(BIN)/baton up $(if $(MODEL),--model $(MODEL)) $(UP)
 
 test: $(VENV)/.ready ## every test: units of all members, then real processes
-	$(BIN)/pytest -m "not slow" $(addsuffix /tests,$(MEMBERS)) tests
+	@status=0; $(BIN)/pytest $(AT_ONCE) -m "not slow" $(UNITS) tests/e2e || status=1; \
+		$(BIN)/pytest -m "not slow" $(ALONE) || status=1; exit $$status
 
 test-unit: $(VENV)/.ready ## the members' own tests
-	$(BIN)/pytest -m "not slow" $(addsuffix /tests,$(MEMBERS))
+	$(BIN)/pytest $(AT_ONCE) -m "not slow" $(UNITS)
 
 test-e2e: $(VENV)/.ready ## tests with real processes
 	$(BIN)/pytest -m "not slow" tests
 
-test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (about five minutes)
-	$(BIN)/pytest -m slow $(addsuffix /tests,$(MEMBERS)) tests
+test-slow: $(VENV)/.ready ## what takes longer: ten times as many random histories of the handoff protocol, more faults, a longer soak
+	@status=0; $(BIN)/pytest $(AT_ONCE) -m slow $(UNITS) tests/e2e || status=1; \
+		$(BIN)/pytest -m slow $(ALONE) || status=1; exit $$status
 
 test-faults: $(VENV)/.ready ## the whole fault matrix, as root (half an hour per transport on an idle machine; FAULTS="--transports shm"); writes docs/faults.md
 	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
