@@ -78,7 +78,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
 
 types: $(VENV)/.ready
-	set -e; for source in $(SOURCES); do echo "mypy $$source"; $(BIN)/mypy $$source; done
+	$(BIN)/mypy $(SOURCES)
 
 proto: $(VENV)-proto/.ready ## regenerate the stubs
 	$(VENV)-proto/bin/python proto/generate.py
