@@ -19,6 +19,15 @@ MODEL ?=
 FAULTS ?=
 MIXED ?=
 
+# Tests of units, and of clusters that no second cluster beside them disturbs, run in several processes. The faults have the machine
+# to themselves: they measure time.
+WORKERS ?= logical
+AT_ONCE := -n $(WORKERS) --maxprocesses 4 --dist worksteal
+UNITS := $(addsuffix /tests,$(MEMBERS))
+ALONE := tests --ignore tests/e2e
+# Processes are started by the hundred: not one should compile our sources again, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults test-clients soak test-alone check format lint types proto proto-check \
 	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff ci clean
@@ -50,16 +59,18 @@ up: $(VENV)/.ready ## start Baton: five services, etcd, the demo model (MODEL=fo
 	@$(BIN)/baton up $(if $(MODEL),--model $(MODEL)) $(UP)
 
 test: $(VENV)/.ready ## every test: units of all members, then real processes
-	$(BIN)/pytest -m "not slow" $(addsuffix /tests,$(MEMBERS)) tests
+	@status=0; $(BIN)/pytest $(AT_ONCE) -m "not slow" $(UNITS) tests/e2e || status=1; \
+		$(BIN)/pytest -m "not slow" $(ALONE) || status=1; exit $$status
 
 test-unit: $(VENV)/.ready ## the members' own tests
-	$(BIN)/pytest -m "not slow" $(addsuffix /tests,$(MEMBERS))
+	$(BIN)/pytest $(AT_ONCE) -m "not slow" $(UNITS)
 
 test-e2e: $(VENV)/.ready ## tests with real processes
 	$(BIN)/pytest -m "not slow" tests
 
-test-slow: $(VENV)/.ready ## long random histories of the handoff protocol (about five minutes)
-	$(BIN)/pytest -m slow $(addsuffix /tests,$(MEMBERS)) tests
+test-slow: $(VENV)/.ready ## what takes longer: ten times as many random histories of the handoff protocol, more faults, a longer soak
+	@status=0; $(BIN)/pytest $(AT_ONCE) -m slow $(UNITS) tests/e2e || status=1; \
+		$(BIN)/pytest -m slow $(ALONE) || status=1; exit $$status
 
 test-faults: $(VENV)/.ready ## the whole fault matrix, as root (half an hour per transport on an idle machine; FAULTS="--transports shm"); writes docs/faults.md
 	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
@@ -83,7 +94,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
 
 types: $(VENV)/.ready
-	set -e; for source in $(SOURCES); do echo "mypy $$source"; $(BIN)/mypy $$source; done
+	$(BIN)/mypy $(SOURCES)
 
 proto: $(VENV)-proto/.ready ## regenerate the stubs
 	$(VENV)-proto/bin/python proto/generate.py

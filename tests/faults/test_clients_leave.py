@@ -6,6 +6,7 @@ outside, a law's time after the client left, has to find every block free.
 """
 
 import asyncio
+import itertools
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,16 +15,19 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import pytest_asyncio
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_contracts.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from baton_runtime.children import free_port
 from baton_runtime.rpc import open_channel
 from clients import Answer, proxy, received, stream
 from cluster import Cluster, cluster, until
+from shared_house import SharedHouse
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.asyncio(loop_scope="module")]
 
 LONG_PROMPT = [10 + i % 150 for i in range(3000)]
+_first_tokens = itertools.count(10)  # a prompt of its own for every request: nothing of it is cached
 # One step of the slow profile, by what a worker does for the request when its client leaves. Queued work holds nothing; in a transfer the
 # source lets go at once, and the sink when its operation returns, a copy of a few KiB here.
 STEP_S = {"queued": 0.0, "computing": 0.25, "transferring": 0.0, "decoding": 0.01}
@@ -129,10 +133,19 @@ class Watch:
         return found
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module", name="shared")
+async def make_shared(tmp_path_factory: pytest.TempPathFactory, slow: str, roomy_model: Path) -> AsyncIterator[SharedHouse]:
+    """Prefill begins as many as fit into its look-ahead; the others wait and hold nothing."""
+    environment = {"BATON_PREFILL_MAX_BATCH_SEQUENCES": "1"}
+    made = SharedHouse(lambda: cluster(tmp_path_factory.mktemp("house"), profile=slow, model=roomy_model, environment=environment))
+    yield made
+    await made.close()
+
+
 @asynccontextmanager
-async def watched(folder: Path, slow: str, model: Path, **environment: str) -> AsyncIterator[Watch]:
+async def watched(shared: SharedHouse) -> AsyncIterator[Watch]:
     """A cluster whose times are watched; every book has to balance at its end."""
-    async with cluster(folder, profile=slow, model=model, environment=environment) as house:
+    async with shared.lent() as house:
         async with open_channel(house.instance("prefill-0").grpc_address) as p, open_channel(house.instance("decode-0").grpc_address) as d:
             yield Watch(house, pb_grpc.WorkerServiceStub(p), pb_grpc.WorkerServiceStub(d))
         await house.settled()
@@ -140,16 +153,15 @@ async def watched(folder: Path, slow: str, model: Path, **environment: str) -> A
 
 def ask(watch: Watch, prompt: list[int]) -> "asyncio.Task[Answer]":
     """A client that would stay for long."""
-    body = {"model": "test-model", "prompt": prompt, "max_tokens": 5000, "ignore_eos": True}
+    body = {"model": "test-model", "prompt": [next(_first_tokens), *prompt], "max_tokens": 5000, "ignore_eos": True}
     return asyncio.ensure_future(stream(watch.house.http, watch.house.url, **body))
 
 
 @pytest.mark.parametrize("phase", ["computing", "transferring", "decoding"])
-async def test_a_client_that_leaves_frees_its_blocks_in_a_step_and_50_ms(tmp_path: Path, slow: str, roomy_model: Path, phase: str) -> None:
-    async with watched(tmp_path, slow, roomy_model) as watch:
-        for attempt in range(TRIES):
-            length = 50 if phase == "decoding" else len(LONG_PROMPT)
-            running = ask(watch, [20 + attempt, *LONG_PROMPT[:length]])
+async def test_a_client_that_leaves_frees_its_blocks_in_a_step_and_50_ms(shared: SharedHouse, phase: str) -> None:
+    async with watched(shared) as watch:
+        for _ in range(TRIES):
+            running = ask(watch, LONG_PROMPT[:50] if phase == "decoding" else LONG_PROMPT)
             reached: Callable[[], Awaitable[bool]] = getattr(watch, phase)
             await until(phase, reached, 10)
             # While decode reserves, prefill computes: its step is the one that counts then.
@@ -159,12 +171,12 @@ async def test_a_client_that_leaves_frees_its_blocks_in_a_step_and_50_ms(tmp_pat
         watch.times.check(phase)
 
 
-async def test_a_source_whose_sink_hangs_lets_go_at_once_when_the_client_leaves(tmp_path: Path, slow: str, roomy_model: Path) -> None:
+async def test_a_source_whose_sink_hangs_lets_go_at_once_when_the_client_leaves(shared: SharedHouse) -> None:
     """All is computed and pinned, decode is stopped and confirms nothing: prefill needs no answer of it."""
-    async with watched(tmp_path, slow, roomy_model) as watch:
+    async with watched(shared) as watch:
         freed: list[float] = []
-        for attempt in range(TRIES):
-            running = ask(watch, [20 + attempt, *LONG_PROMPT[:600]])
+        for _ in range(TRIES):
+            running = ask(watch, LONG_PROMPT[:600])
             await until("computing", watch.computing, 10)
             watch.house.signal("decode-0", signal.SIGSTOP)
             await until("computed", watch.computed, 1.5)
@@ -190,19 +202,16 @@ async def _is_back(watch: Watch) -> bool:
     return bool((await watch.house.complete(prompt=[7, *range(20, 60)], max_tokens=2))["choices"]) and await watch.is_free()
 
 
-async def test_a_client_that_leaves_while_queued_frees_at_once_and_leaves_nothing_behind(
-    tmp_path: Path, slow: str, roomy_model: Path
-) -> None:
-    """Prefill begins as many as fit into its look-ahead; the others wait and hold nothing."""
-    async with watched(tmp_path, slow, roomy_model, BATON_PREFILL_MAX_BATCH_SEQUENCES="1") as watch:
+async def test_a_client_that_leaves_while_queued_frees_at_once_and_leaves_nothing_behind(shared: SharedHouse) -> None:
+    async with watched(shared) as watch:
 
         async def live(num: int) -> bool:
             return await watch.num_live() == num
 
-        others = [ask(watch, [30 + i, *LONG_PROMPT * 6]) for i in range(6)]  # 18 s each, more than fit into the look-ahead
+        others = [ask(watch, LONG_PROMPT * 6) for _ in range(6)]  # 18 s each, more than fit into the look-ahead
         await until("all are known to both workers", lambda: live(12), 10)
-        for attempt in range(TRIES):
-            running = ask(watch, [50 + attempt, *LONG_PROMPT])
+        for _ in range(TRIES):
+            running = ask(watch, LONG_PROMPT)
             await until("one more is", lambda: live(14), 10)
             await watch.leaves(running, others=12)
         for task in others:

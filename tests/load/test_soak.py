@@ -1,4 +1,4 @@
-"""The soak in its short form: a minute of handoffs under faults, and every book balances. Memory takes the long form: `make soak`."""
+"""The soak in its short form: handoffs under faults, and every book balances. Memory takes the long form: `make soak`."""
 
 import asyncio
 import json
@@ -11,9 +11,10 @@ SOAK = Path(__file__).with_name("soak.py")
 
 
 @pytest.mark.timeout(300)
-async def test_a_minute_of_handoffs_under_random_faults_leaves_balanced_books(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit_s", "fewest"), [("20", 20), pytest.param("60", 60, marks=pytest.mark.slow)])
+async def test_handoffs_under_random_faults_leave_balanced_books(tmp_path: Path, limit_s: str, fewest: int) -> None:
     result = tmp_path / "soak.json"
-    options = ["--limit-s", "45", "--clients", "16", "--fault-every", "40", "120", "--json", str(result)]
+    options = ["--limit-s", limit_s, "--clients", "16", "--fault-every", "15", "60", "--json", str(result)]
     log = tmp_path / "soak.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(sys.executable, str(SOAK), *options, stdout=output, stderr=output)
@@ -25,5 +26,5 @@ async def test_a_minute_of_handoffs_under_random_faults_leaves_balanced_books(tm
     assert code == 0, log.read_text()[-5000:]
     found = json.loads(result.read_text())
     assert found["problems"] == []
-    assert found["handoffs"] > 50
+    assert found["handoffs"] > fewest
     assert sum(found["faults"].values()) > 0

@@ -27,9 +27,8 @@ from baton_worker.metrics import WorkerMetrics
 from baton_worker.spans import AttemptSpans
 from baton_worker.starts import CheckedStart, StartLimits, check_start
 
-# What the other side of a handoff is told, for its log.
 SPARE_DEADLINES = 1024  # of attempts that are over, kept until then
-
+# What the other side of a handoff is told, for its log.
 _HANDOFF_CANCEL = {
     pb.FINISH_REASON_CANCELLED: "CLIENT_GONE",
     pb.FINISH_REASON_DEADLINE: "DEADLINE",
