@@ -317,7 +317,7 @@ def test_without_room_to_grow_the_youngest_batch_sequence_goes_first():
 
 
 def test_preempted_sequence_resumes_elsewhere_with_the_same_tokens():
-    bench, elsewhere = virtual_engine(num_blocks=8), virtual_engine()
+    bench, elsewhere = virtual_engine(num_blocks=10), virtual_engine()
     for name, seed in (("a", 1), ("b", 2)):
         bench.engine.add(request_of(name, tokens_of(10, seed), max_tokens=20))
     bench.run()

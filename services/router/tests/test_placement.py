@@ -431,11 +431,27 @@ def test_work_given_to_a_worker_counts_as_its_queue_until_it_ends_or_its_load_mu
     house = House()
     prefill, _ = house.pair()
     for placement_id in (1, 2, 3):
-        prefill.placed(placement_id, 100, house.now)
+        prefill.placed(placement_id, Placed(house.now, 100, 0))
     assert prefill.queue_us() == 300 * 50
     prefill.ended(2)
     prefill.ended(2)
     assert prefill.queue_us() == 200 * 50
-    prefill.placed(4, 100, house.now + 1)
+    prefill.placed(4, Placed(house.now + 1, 100, 0))
     prefill.reported(worker_pb.WorkerLoad(), house.now + 1)
     assert prefill.queue_us() == 100 * 50
+
+
+def test_sums_over_placements_are_those_of_the_placements_left() -> None:
+    house = House()
+    _, decode = house.pair()
+    for placement_id in range(6):
+        is_batch = placement_id % 2 == 1
+        decode.placed(placement_id, Placed(house.now, 0, 100, 0.5 if is_batch else 1.0, is_apart=is_batch))
+    for placement_id in (0, 1, 1):
+        decode.ended(placement_id)
+    assert (decode.num_apart, decode.apart_tokens, decode.kv_tokens, decode.weight) == (2, 200, 400, 3.0)
+    decode.reported(worker_pb.WorkerLoad(running_sequences=4, active_kv_tokens=420), house.now + 1)
+    assert (decode.num_apart, decode.apart_tokens, decode.kv_tokens, decode.weight) == (2, 200, 420, 3.0)
+    for placement_id in range(6):
+        decode.ended(placement_id)
+    assert (decode.num_apart, decode.apart_tokens, decode.kv_tokens, decode.weight) == (0, 0, 420, 4.0)
