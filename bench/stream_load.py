@@ -91,8 +91,8 @@ class Measured:
 
     def as_json(self, options: Options, check: str) -> dict[str, Any]:
         """As `baton bench stream --json`, and what this benchmark adds."""
-        report = Report(options, check, 1, max(self.load_s, 1e-9), self.figures, []).as_json()
-        for name in ("urls", "processes", "servers", "body"):
+        report = Report(options, check, 1, 0.0, max(self.load_s, 1e-9), self.figures, []).as_json()
+        for name in ("urls", "processes", "servers", "body", "began_at"):
             del report[name]
         return {
             **report,

@@ -176,9 +176,9 @@ def test_unusable_folder_names_the_file(tmp_path, name, content):
 
 
 def test_several_tokens_of_one_step_are_those_of_as_many_steps():
-    """8 tokens at a time, and at the end fewer: the same tokens and the same bytes as one by one."""
+    """16 tokens at a time, and at the end fewer: the same tokens and the same bytes as one by one."""
     results = []
-    for profile in ("instant", "polynomial"):  # 8 tokens a step, and 1
+    for profile in ("instant", "polynomial"):  # 16 tokens a step, and 1
         bench = virtual_engine(64, profile, limits=SchedulerLimits(block_tokens=16))
         for name, prompt, max_tokens in (("a", 5, 30), ("b", 16, 9), ("c", 31, 1)):
             bench.engine.add(request_of(name, tokens_of(prompt, prompt), max_tokens=max_tokens))
@@ -198,7 +198,7 @@ def test_a_stop_token_in_the_middle_of_a_step_is_the_last_token():
     bench.engine.add(request_of("a", tokens_of(5), max_tokens=30))
     bench.run()
     tokens = bench.tokens("a")
-    stop = next(token for index, token in enumerate(tokens) if index % 8 == 3 and token not in tokens[:index])
+    stop = next(token for index, token in enumerate(tokens) if index % 16 == 3 and token not in tokens[:index])
     bench.engine.add(request_of("b", tokens_of(5), max_tokens=30, sampling=SamplingParams(stop_token_ids=frozenset({stop}))))
     bench.run()
     assert bench.tokens("b") == tokens[: tokens.index(stop) + 1]

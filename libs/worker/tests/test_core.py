@@ -92,7 +92,7 @@ async def test_frontend_that_reads_nothing_stops_only_its_own_sequences(house: H
     ):
         stuck.acknowledges = False
         await wait_until(lambda: frontend.reason("q"), 10.0)
-        assert stuck.num_tokens("s") <= 3 * (256 + 8)  # three frames, none with more than a paused sequence and a step have
+        assert stuck.num_tokens("s") <= 3 * (256 + 16)  # three frames, none with more than a paused sequence and a step have
         assert house.core.frontends._routes[SequenceKey("s", 1)][1].is_paused
         stuck.acknowledges = True
         await stuck.say()
