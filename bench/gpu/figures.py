@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from array import array
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from baton_engine.pool import BlockLayout, KvPool
 from baton_engine.runner import ChunkItem
 from baton_engine.scheduler import SchedulerLimits
 from baton_engine.testing import make_random_model
-from baton_engine.torch_pool import TorchPool
+from baton_engine.torch_pool import LEAST_RUN_BYTES, TorchPool
 from baton_engine.torch_runner import TorchRunner
 from baton_runtime.hashing import cache_root
 from common import LARGE, MAX_MODEL_TOKENS, SMALL, Findings, device_facts, make_model, median, timed
@@ -82,8 +83,9 @@ class Bench:
                 told.setdefault(key, []).append(token)
         return told
 
-    def prefill(self, num_tokens: int) -> dict[str, float]:
-        """First token of one prompt."""
+    def prefill(self, num_tokens: int, chunk_tokens: int) -> dict[str, float]:
+        """First token of one prompt, which is computed in chunks of this many tokens."""
+        self.engine._scheduler.limits = replace(self.engine._scheduler.limits, max_chunk_tokens=chunk_tokens)
         self.add(self.tokens(num_tokens), 1)
         self.finish()
         ours: list[float] = []
@@ -139,40 +141,18 @@ class Bench:
         }
 
 
-class _Mapped:
-    """Pinned host memory as the device addresses it, for torch.as_tensor."""
-
-    def __init__(self, host: torch.Tensor) -> None:
-        self.__cuda_array_interface__ = {"shape": tuple(host.shape), "typestr": "<i8", "data": (host.data_ptr(), False), "version": 3}
-
-
-def _by_kernel(pool: TorchPool, orders: dict[str, list[int]], measure: Any) -> None:
-    """The same copies by one gather kernel that reads or writes the pinned blocks itself, however many there are."""
-    host = pool._host.flatten(1).view(torch.int64)
-    mapped = torch.as_tensor(_Mapped(host), device=pool.tensor.device)
-    assert mapped.data_ptr() == host.data_ptr(), "torch made a copy"
-    here = pool.tensor.flatten(1).view(torch.int64)
-    for order, table in orders.items():
-        blocks = torch.tensor(table, device=here.device)
-        before = host.clone()
-        measure(f"{order}-kernel to device", lambda blocks=blocks: here.index_copy_(0, blocks, mapped[blocks]))
-        host.zero_()
-        measure(f"{order}-kernel to host", lambda blocks=blocks: mapped.index_copy_(0, blocks, here[blocks]))
-        assert torch.equal(host, before), f"{order}: blocks came back changed"
-
-
 def copies(device: str, kib: int, total_mib: int) -> dict[str, Any]:
-    """GB/s of KV blocks between the device and pinned host memory, by the engine's own code, and of one plain copy of the same bytes."""
+    """GB/s of KV blocks between the device and pinned host memory, by the engine's own code, and of one plain copy of the same bytes.
+
+    By the way it chooses, and by each of its two ways: a call for each run of neighbours, one kernel for all blocks.
+    """
     layout = BlockLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=kib * 16, dtype="bfloat16")
     assert layout.block_bytes == kib << 10
     num_blocks = (total_mib << 10) // kib
     host = KvPool(np.zeros((num_blocks, layout.block_bytes), np.uint8), layout)
     host.data[:] = np.random.default_rng(0).integers(0, 64, host.data.shape, dtype=np.uint8)
-    pool = TorchPool(host, torch.device(device), mirrored=True)
-    found: dict[str, Any] = {"is_pinned": pool.is_pinned, "num_blocks": num_blocks}
     plain_host = torch.empty(host.data.nbytes, dtype=torch.uint8, pin_memory=device != "cpu")
     plain_device = torch.zeros(host.data.nbytes, dtype=torch.uint8, device=device)
-    orders = {"contiguous": list(range(num_blocks)), "scattered": random.Random(1).sample(range(num_blocks), num_blocks)}
     seconds: dict[str, list[float]] = {}
 
     def measure(name: str, run: Any) -> None:
@@ -183,33 +163,37 @@ def copies(device: str, kib: int, total_mib: int) -> dict[str, Any]:
                 run()
                 synchronize(device)
 
-    for order, table in orders.items():
-        end = num_blocks * layout.block_tokens
-
-        def load(name: str = order, blocks: list[int] = table, tokens: int = end) -> None:
-            key = SequenceKey(name, 1)
-            pool.forget(key)
-            pool.load([ChunkItem(key, array("I"), tokens, tokens + 16, [*blocks, 0], False, SamplingParams(), 0)])
-
-        def store(name: str = order, blocks: list[int] = table, tokens: int = end) -> None:
-            pool.store([ChunkItem(SequenceKey(name, 1), array("I"), 0, tokens, blocks, False, SamplingParams(), 0)])
-
-        wanted = host.data.copy()
-        measure(f"{order} to device", load)
-        host.data[:] = 0
-        measure(f"{order} to host", store)
-        assert (host.data == wanted).all(), f"{order}: blocks came back changed"
     measure("plain to device", lambda: plain_device.copy_(plain_host, non_blocking=True))
     measure("plain to host", lambda: plain_host.copy_(plain_device, non_blocking=True))
-    if pool.is_pinned:
-        try:
-            _by_kernel(pool, orders, measure)
-        except Exception as error:  # a candidate, not yet the engine's way
-            found["by kernel"] = repr(error)
+    found: dict[str, Any] = {"num_blocks": num_blocks}
+    contiguous = list(range(num_blocks))
+    orders = {"contiguous": contiguous, "scattered": random.Random(1).sample(contiguous, num_blocks)}
+    key, end = SequenceKey("r", 1), num_blocks * layout.block_tokens
+    wanted = torch.from_numpy(host.data).clone().to(device)
+    for way, least_run_bytes in {"": LEAST_RUN_BYTES, " by run": 0, " by kernel": 1 << 60}.items():
+        pool = TorchPool(host, torch.device(device), mirrored=True, least_run_bytes=least_run_bytes)
+        found["is_pinned"], found["is_mapped"] = pool.is_pinned, pool._mapped is not None
+        for order, table in orders.items():
+
+            def load(pool: TorchPool = pool, blocks: list[int] = table) -> None:
+                pool.forget(key)
+                pool.load([ChunkItem(key, array("I"), end, end + 16, [*blocks, 0], 0, SamplingParams(), 0)])
+
+            def store(pool: TorchPool = pool, blocks: list[int] = table) -> None:
+                with pool.storing([ChunkItem(key, array("I"), 0, end, blocks, 0, SamplingParams(), 0)]):
+                    pass
+
+            pool.tensor.zero_()
+            measure(f"{order}{way} to device", load)
+            assert torch.equal(pool.tensor.flatten().view(torch.uint8), wanted.flatten()), f"{order}{way}: wrong bytes on the device"
+            host.data[:] = 0
+            measure(f"{order}{way} to host", store)
+            assert torch.equal(torch.from_numpy(host.data).to(device), wanted), f"{order}{way}: wrong bytes on the host"
+        del pool, load, store  # its pages must be free of it before they are pinned again
     rates = {name: host.data.nbytes / 1e9 / median(times) for name, times in seconds.items()}
     found["gb_per_s"] = {name: round(rate, 2) for name, rate in rates.items()}
     found["ratio_to_plain"] = {
-        name: round(rate / rates[f"plain {name.split(' ', 1)[1]}"], 3) for name, rate in rates.items() if not name.startswith("plain")
+        name: round(rate / rates["plain to " + name.rsplit(" ", 1)[1]], 3) for name, rate in rates.items() if not name.startswith("plain")
     }
     return found
 
@@ -266,7 +250,7 @@ def main() -> int:
     findings = Findings(options.out / "figures.json", device=device, model=shape, **device_facts(device))
     findings.run("later chunk in bf16 against float64", lambda: later_chunk_is_right(device))
     findings.run("bf16 agreement with generate()", lambda: bf16_agreement(device, options.work / "agreement"))
-    for kib in (16, 64, 256):
+    for kib in (16, 64, 256, 512):
         findings.run(f"copies of {kib} KiB blocks", partial(copies, device, kib, 16 if options.small else 256))
     made: list[Bench] = []
 
@@ -290,7 +274,8 @@ def main() -> int:
         bench = made[0]
         for num_tokens in (128, 256) if options.small else (2048, 8192):
             assert num_tokens < MAX_MODEL_TOKENS
-            findings.run(f"prefill {num_tokens}", partial(bench.prefill, num_tokens))
+            for chunk_tokens in sorted({2048, max(2048, num_tokens)}):  # the default, and all at once
+                findings.run(f"prefill {num_tokens} by {chunk_tokens}", partial(bench.prefill, num_tokens, chunk_tokens))
         for batch in (1, 4) if options.small else (1, 16, 64):
             findings.run(f"decode batch {batch}", partial(bench.decode, batch, 64 if options.small else 512, 12 if options.small else 48))
         if device != "cpu":

@@ -9,6 +9,7 @@ length, then the chunks. Linear layers see all tokens at once; attention works p
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,23 +78,24 @@ def plan_step(items: Sequence[ChunkItem], pool: Tensor) -> StepPlan:
     block_tokens, device = pool.shape[3], pool.device
     decodes = sorted((i for i, item in enumerate(items) if item.is_decode), key=lambda i: _num_blocks(items[i], block_tokens))
     order = decodes + [i for i, item in enumerate(items) if not item.is_decode]
-    token_ids: list[int] = []
-    positions: list[int] = []
-    write_blocks: list[int] = []
+    rows = np.empty((3, sum(item.num_tokens for item in items)), dtype=np.int64)  # token id, position, block: to the device at once
     first_rows, last_rows = [0] * len(items), [0] * len(items)
+    first = 0
     for i in order:
         item = items[i]
-        first_rows[i] = len(token_ids)
-        token_ids.extend(item.token_ids[item.start : item.end])
-        positions.extend(range(item.start, item.end))
-        write_blocks.extend(item.table[position // block_tokens] for position in range(item.start, item.end))
-        last_rows[i] = len(token_ids) - 1
-    flat_positions = torch.tensor(positions, dtype=torch.int64, device=device)
+        last, first_block = first + item.num_tokens, item.start // block_tokens
+        positions = np.arange(item.start, item.end)
+        rows[0, first:last] = item.token_ids[item.start : item.end]
+        rows[1, first:last] = positions
+        rows[2, first:last] = np.array(item.table[first_block : _num_blocks(item, block_tokens)])[positions // block_tokens - first_block]
+        first_rows[i], last_rows[i] = first, last - 1
+        first = last
+    token_ids, flat_positions, write_blocks = torch.from_numpy(rows).to(device)
     return StepPlan(
         pool=pool,
-        token_ids=torch.tensor([token_ids], dtype=torch.int64, device=device),
+        token_ids=token_ids[None],
         positions=flat_positions[None],
-        write_blocks=torch.tensor(write_blocks, dtype=torch.int64, device=device),
+        write_blocks=write_blocks,
         write_slots=flat_positions % block_tokens,
         groups=_decode_groups([items[i] for i in decodes], pool),
         chunks=[_chunk(items[i], first_rows[i], pool) for i in order[len(decodes) :]],
@@ -150,13 +152,11 @@ def gather_attend(plan: StepPlan, layer: int, q: Tensor, k: Tensor, v: Tensor, s
     keys, values = plan.pool[:, layer, 0], plan.pool[:, layer, 1]
     keys[plan.write_blocks, plan.write_slots] = k[0].transpose(0, 1)
     values[plan.write_blocks, plan.write_slots] = v[0].transpose(0, 1)
-    out = torch.empty((q.shape[2], q.shape[1], q.shape[3]), dtype=q.dtype, device=q.device)
-    for group in plan.groups:
-        out[group.first : group.last] = _attend_group(group, q[0, :, group.first : group.last], keys, values, scale)
+    parts = [_attend_group(group, q[0, :, group.first : group.last], keys, values, scale) for group in plan.groups]
     for chunk in plan.chunks:
         rows = slice(chunk.first, chunk.last)
-        out[rows] = _attend_chunk(chunk, q[:, :, rows], k[:, :, rows], v[:, :, rows], keys, values, scale)
-    return out[None]
+        parts.append(_attend_chunk(chunk, q[:, :, rows], k[:, :, rows], v[:, :, rows], keys, values, scale))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 
 def _attend_group(group: DecodeGroup, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -117,6 +117,7 @@ class TorchRunner:
         assert self._pool is not None, "bind comes before run"
         self._pool.load(items)
         plan = plan_step(items, self._pool.tensor)
+        last_rows = torch.tensor(plan.last_rows, device=self._device)  # here, because it waits for what the device does
         hidden = self._model.model(
             input_ids=plan.token_ids,
             position_ids=plan.positions,
@@ -125,9 +126,13 @@ class TorchRunner:
             baton_plan=plan,
             baton_runner=self,
         ).last_hidden_state[0]
-        last = hidden[torch.tensor(plan.last_rows, device=self._device)]
+        last = hidden[last_rows]
         self._refuse_damaged(items, plan, last)
-        self._pool.store(items)
+        with self._pool.storing(items):
+            return self._draw(items, last)
+
+    def _draw(self, items: Sequence[ChunkItem], last: Tensor) -> list[Draw | None]:
+        """Of the items that draw. last: [items, hidden]."""
         drawing = [i for i, item in enumerate(items) if item.draws]
         draws: list[Draw | None] = [None] * len(items)
         if drawing:
