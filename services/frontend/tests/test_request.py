@@ -104,6 +104,16 @@ def test_gap_is_not_taken_and_ends_the_attempt() -> None:
     assert actions == [StopAttempt(1), Ask(2, ("d0",), is_resume=True)]
 
 
+def test_what_a_request_computed_itself_is_no_prefix_hit_of_its_resume() -> None:
+    request = running()
+    request.take(1, Role.DECODE, 0, [5])
+    request.lost(1, Role.DECODE, NOW, has_run=True)  # it died without a word on usage
+    request.placed(2, PAIR)
+    usage = pb.Usage(cached_tokens=3)
+    end = end_of(ended(request, Role.DECODE, finish(pb.FINISH_REASON_STOP, usage=usage), attempt=2))
+    assert (end.resumed, end.cached_tokens) == (1, 0)
+
+
 def test_tokens_beyond_max_tokens_are_not_delivered() -> None:
     request = running(max_tokens=2)
     assert request.take(1, Role.DECODE, 0, [5, 6, 7]) == [5, 6]

@@ -315,8 +315,8 @@ class Request:
         return max(len(self._crashed_attempts), len(self._generation.crashes.incarnations))
 
     def _note_usage(self, role: Role, finished: worker_pb2.Finished) -> None:
-        # The first attempt that says so is the client's prefix hit; later ones also find what this request computed itself.
-        # Decode's word goes before prefill's of the same attempt.
+        # Only before the first failure is it the client's prefix hit: later attempts also find what this request computed itself, and
+        # one that died said nothing. Decode's word goes before prefill's of the same attempt.
         if not finished.HasField("usage"):
             return
         self._exposed_handoff_us += finished.usage.exposed_handoff_us
@@ -325,7 +325,7 @@ class Request:
                 self.times.prefill_queue_us = finished.usage.queue_us
             else:
                 self.times.decode_queue_us, self.times.handoff_us = finished.usage.queue_us, finished.usage.exposed_handoff_us
-        if self._cached_tokens is None or (role is Role.DECODE and self.resumed == 0):
+        if self.resumed == 0 and (self._cached_tokens is None or role is Role.DECODE):
             self._cached_tokens = finished.usage.cached_tokens
 
     def _handoff_failed(self, role: Role, failure: worker_pb2.HandoffFailure, is_healthy: Callable[[str], bool]) -> list[Action]:
