@@ -22,14 +22,17 @@ from cluster import Cluster, cluster, roomy_model, until  # noqa: E402
 __all__ = ["Cluster", "until"]  # for the benchmarks, which need not know where tests/ is
 
 RESULTS = Path(__file__).parent / "results"
-STEP_S = 0.5
+STEP_S = 0.5  # between two tokens of a stream, unless told otherwise
 TOKENS_PER_PROMPT = 512  # room for a prompt of 64 words; the demo model's tokenizer makes some 320 tokens of them
 BLOCK_TOKENS = 64
-# One token per sequence every 500 ms, prompts for nothing, and as few bytes of KV per token as the sim can do with.
-PROFILE = f"""
-description = "one step per {STEP_S * 1000:g} ms, whatever is in it"
+
+
+def paced_profile(step_s: float) -> str:
+    """One token per sequence every step_s, prompts for nothing, and as few bytes of KV per token as the sim can do with."""
+    return f"""
+description = "one step per {step_s * 1000:g} ms, whatever is in it"
 [decode_ms]
-constant = {STEP_S * 1000:g}
+constant = {step_s * 1000:g}
 [model]
 num_layers = 1
 num_kv_heads = 1
@@ -55,12 +58,12 @@ def settings(streams: int, decodes: int, max_tokens: int, max_inflight: int) -> 
 
 @asynccontextmanager
 async def house(
-    *, frontends: int, decodes: int, environment: Mapping[str, str], profile: str = "", prefill: int = 0
+    *, frontends: int, decodes: int, environment: Mapping[str, str], profile: str = "", prefill: int = 0, step_s: float = STEP_S
 ) -> AsyncIterator[Cluster]:
-    """A Baton of real processes with the sim engine, on free ports. profile: a shipped one; empty: steps of STEP_S."""
+    """A Baton of real processes with the sim engine, on free ports. profile: a shipped one; empty: steps of step_s."""
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as name:
         folder = Path(name)
-        (folder / "profile.toml").write_text(PROFILE)
+        (folder / "profile.toml").write_text(paced_profile(step_s))
         async with cluster(
             folder / "run",
             profile=profile or str(folder / "profile.toml"),
