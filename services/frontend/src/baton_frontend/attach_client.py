@@ -19,7 +19,7 @@ from baton_runtime.rpc import open_channel
 from baton_frontend.generation import ModelInfo
 from baton_frontend.lanes import Lane, LaneOwner, LaneTable
 from baton_frontend.placement import Role
-from baton_frontend.stream_io import StreamBroken, is_refused, is_task_cancelled, read_message, release_frames, write_message
+from baton_frontend.stream_io import WRITE_PACE_S, StreamBroken, is_refused, is_task_cancelled, read_message, release_frames, write_message
 
 CONTRACT_VERSION = 1
 # A message of starts is cut here, so that a Cancel never waits behind many long prompts.
@@ -295,6 +295,7 @@ class AttachClient:
                 self._observer.on_cancel_sent(self._clock() - decided_at)
             if self._unsent or self._cancels:
                 self._wake.set()
+            await asyncio.sleep(WRITE_PACE_S)
 
     def _next_message(self, cancels: list[worker_pb2.Cancel]) -> worker_pb2.AttachRequest:
         self._acked_frame = self._frame

@@ -16,7 +16,7 @@ from baton_runtime.log import get_logger
 from baton_runtime.rpc import open_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton_frontend.stream_io import StreamBroken, is_task_cancelled, read_message, release_frames, write_message
+from baton_frontend.stream_io import WRITE_PACE_S, StreamBroken, is_task_cancelled, read_message, release_frames, write_message
 
 # Hints kept for a router that reads slowly; the oldest are dropped beyond.
 MAX_HINTS = 4096
@@ -194,6 +194,7 @@ class RouterLink:
             for sent in (self._queries, self._withdrawn, self._paths_down, self._fenced, self._ended):
                 sent.clear()
             await write_message(call, message)
+            await asyncio.sleep(WRITE_PACE_S)
 
     async def _probe_loop(self, channel: Any) -> None:
         while True:

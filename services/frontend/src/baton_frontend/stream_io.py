@@ -27,6 +27,11 @@ async def read_message(call: Any) -> Any:
     return message
 
 
+# A writer rests so long after each message, so that what comes meanwhile travels together: a message costs each side as much as 50 to 100
+# tokens, and at some hundred requests per second nearly every one would have messages of its own. When little goes on nothing waits.
+WRITE_PACE_S = 0.002
+
+
 async def write_message(call: Any, message: Any) -> None:
     """Returns when the transport took the message. Raises: StreamBroken."""
     try:
