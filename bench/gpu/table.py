@@ -1,10 +1,11 @@
 """One result out of what a run on a GPU wrote: a JSON file without paths and logs, and a table of it for people.
 
-python bench/gpu/table.py DIR RESULT.json --date YYYY-MM-DD      # DIR has figures.json, serve.json or both; also writes RESULT.txt
+python bench/gpu/table.py DIR RESULT.json --date YYYY-MM-DD      # DIR: some of check.json, figures.json, serve.json; writes RESULT.txt too
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ _CARD = ("card", "card_gib", "cuda", "torch", "transformers", "cpu", "num_cpus",
 
 
 def merge(folder: Path, date: str) -> dict[str, Any]:
-    """Of both files: what was measured on, results, failures (their last line)."""
-    whole: dict[str, Any] = {"date": date, "about": {}, "results": {}, "failures": {}}
+    """Of all files: what was measured on, how each part ended, results, failures (their last line)."""
+    whole: dict[str, Any] = {"date": date, "about": {}, "parts": {}, "results": {}, "failures": {}}
+    if (folder / "check.json").is_file():
+        whole["parts"] = {name: _ended(part) for name, part in json.loads((folder / "check.json").read_text()).items()}
     for name in ("figures.json", "serve.json"):
         if (folder / name).is_file():
             part = json.loads((folder / name).read_text())
@@ -23,6 +26,12 @@ def merge(folder: Path, date: str) -> dict[str, Any]:
                     whole["results"][key] = whole["results"].get(key, {}) | value
             whole["failures"] |= {key: text.strip().splitlines()[-1] for key, text in part["failures"].items()}
     return whole
+
+
+def _ended(part: dict[str, Any]) -> dict[str, Any]:
+    """How a part ended, and pytest's own last line where it was pytest."""
+    told = re.findall(r"^(?:\d+ (?:passed|failed)|no tests ran|ERROR: ).*", part.get("tail", ""), re.MULTILINE)
+    return {key: part[key] for key in ("result", "seconds", "why") if key in part} | ({"pytest": told[-1]} if told else {})
 
 
 def table(whole: dict[str, Any]) -> str:
@@ -35,6 +44,10 @@ def table(whole: dict[str, Any]) -> str:
         "model: " + ", ".join(f"{key} {value}" for key, value in about["model"].items()) + ", random, bf16",
         "",
     ]
+    for name, part in whole["parts"].items():
+        lines.append(f"{part['result']} {name}: " + ", ".join(_flat({key: one for key, one in part.items() if key != "result"})))
+    if whole["parts"]:
+        lines.append("")
     copies = {name.split()[2]: value for name, value in results.items() if name.startswith("copies of ")}
     if copies:
         lines += ["Copies of KV blocks, GB/s (share of one plain copy of the same bytes), by KiB of a block", ""]

@@ -15,9 +15,9 @@ log = get_logger(__name__)
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of this process
 
-# Measured on an NVIDIA H200 (bench/results/gpu-2026-11-26-h200.txt): a copy call costs 8 to 9 us however small it is, and the bus
-# carries 55 GB/s, so runs of 512 KiB and more keep the bus busy. One kernel for all blocks reaches 0.88 of the bus to the device and
-# 0.7 to the host whatever their size; runs of 256 KiB reach 0.55, of 16 KiB 0.03.
+# Measured on an NVIDIA H200 (bench/results/gpu-2026-11-26-h200-2.txt), bus 55 GB/s: a copy call takes 8 us or more however small it is.
+# To the device and to the host, GB/s: runs of 256 KiB reach 30 and 31 by call, 46 and 37 by one kernel for all blocks; runs of 512 KiB
+# 42 and 43 by call, 45 and 32 by kernel, so there and back calls are faster from here on.
 LEAST_RUN_BYTES = 512 << 10
 _FEW_RUNS = 4  # the kernel's way is three launches and an index that is sent, so it cannot be cheaper than this many calls
 _PIECE_BYTES = 64 << 20  # of device memory that the kernel's way takes for a moment
