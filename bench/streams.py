@@ -1,11 +1,11 @@
 """Tens of thousands of concurrent streams on one host, every token of each checked.
 
-    python bench/streams.py [--streams 50000] [--open-rate 2000] [--frontends 4] [--decodes 4] [--tokens 100] [--step-s 0.5] [--out bench/results]
+    python bench/streams.py [--streams 50000] [--open-rate 2000] [--frontends 4] [--decodes 4] [--tokens 100] [--step-s 0.5] [--out DIR]
 
-Several frontends on one port, decode workers of the sim engine that draw one token per stream every 500 ms (2 tokens/s each; --step-s), and the
-load client of `baton bench stream` in several processes, connecting from several loopback addresses: one address has some 28,000 ports.
-No process may need more open files than the hard limit (`ulimit -Hn`). The opening rate belongs to the result: admitting a stream costs far
-more than a token, and while streams are opened it is admission that fills the machine.
+Several frontends on one port, decode workers of the sim engine that draw one token per stream every 500 ms (2 tokens/s each;
+--step-s), and the load client of `baton bench stream` in several processes, connecting from several loopback addresses: one address
+has some 28,000 ports. No process may need more open files than the hard limit (`ulimit -Hn`). The opening rate belongs to the result:
+admitting a stream costs far more than a token, and while streams are opened it is admission that fills the machine.
 
 Targets: every stream complete, in order and equal to the answer without streaming, all of them open at one time; at most 16 KiB of
 frontend memory per stream (largest resident size less that before the load, over all frontends); p99 gap below two steps.
@@ -76,7 +76,8 @@ def targets(report: dict[str, Any], streams: int, step_s: float) -> list[Target]
 def text(report: dict[str, Any], arguments: argparse.Namespace, found: list[Target]) -> str:
     """For people."""
     lines = [
-        f"{arguments.streams:,} streams of {arguments.tokens} tokens, one per {arguments.step_s:g} s, opened at {arguments.open_rate:,.0f}/s; "
+        f"{arguments.streams:,} streams of {arguments.tokens} tokens, one per {arguments.step_s:g} s, opened at "
+        f"{arguments.open_rate:,.0f}/s; "
         f"{arguments.frontends} frontends on one port, {arguments.decodes} decode workers, {report['processes']} client processes",
         f"over in {report['load_s']:.1f} s, {report['tokens_per_s']:,.0f} tokens/s on average; ends: {report['requests']}",
         f"tokens per event {report['tokens_per_event']}",
