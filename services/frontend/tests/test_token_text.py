@@ -2,7 +2,10 @@
 
 import json
 import random
+import sysconfig
+import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from baton_frontend.testing_models import (
@@ -52,6 +55,34 @@ def test_table_text_equals_the_tokenizers(make: Callable[[], Tokenizer], kind: s
     for sample in SAMPLE_TEXT:
         ids = tokenizer.encode(sample, add_special_tokens=False).ids
         assert streamed(text, ids, cut) == tokenizer.decode(ids)
+
+
+def corpus() -> list[str]:
+    """Some 600,000 characters: Python's own sources and documents, and every character that has a name, in pieces of a page."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(folder.glob("*.py"))[:60]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)[:450_000]
+    named = "".join(chr(code) for code in range(0x20, 0x20000) if unicodedata.name(chr(code), ""))
+    step = 1500
+    return [whole[at : at + step] for whole in (text, named) for at in range(0, len(whole), step)]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(byte_level_tokenizer, "byte_level"), (byte_fallback_tokenizer, "byte_fallback"), (word_piece_tokenizer, "probed")]
+)
+@pytest.mark.timeout(120)
+def test_over_a_large_corpus_the_table_gives_the_tokenizers_text(make: Callable[..., Tokenizer], kind: str) -> None:
+    """With vocabularies learnt from part of it, and cut as frames might cut it."""
+    pages = corpus()
+    assert sum(map(len, pages)) > 500_000
+    tokenizer = make(pages[::20], 4000)
+    text, reason = build_token_text(tokenizer, tokenizer.get_vocab_size(), NUM_VERIFY)
+    assert isinstance(text, TokenTable), reason
+    assert text.kind == kind
+    cuts = random.Random(7)
+    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(pages, add_special_tokens=False)]
+    for page_ids, expected in zip(ids, tokenizer.decode_batch(ids), strict=True):
+        assert streamed(text, page_ids, cuts.randint(1, 9)) == expected
 
 
 def test_a_text_that_goes_on_from_a_prompt_keeps_its_first_space() -> None:

@@ -1,6 +1,7 @@
 """Small tokenizers of every kind and the model folders around them, for tests and benchmarks of the HTTP side."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,25 @@ SAMPLE_TEXT = [
 ]
 
 
-def byte_level_tokenizer() -> Tokenizer:
+def byte_level_tokenizer(texts: Sequence[str] = SAMPLE_TEXT, vocab_size: int = 400) -> Tokenizer:
     """As Llama 3 and Qwen have it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(SAMPLE_TEXT, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(["héllo wörld", " spaced added "])
     return tokenizer
 
 
-def byte_fallback_tokenizer() -> Tokenizer:
+def byte_fallback_tokenizer(texts: Sequence[str] = SAMPLE_TEXT, vocab_size: int = 300) -> Tokenizer:
     """As Llama 2 has it (SentencePiece)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], limit_alphabet=60, show_progress=False)
-    tokenizer.train_from_iterator(SAMPLE_TEXT, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], limit_alphabet=60, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     content = json.loads(tokenizer.to_str())
     vocab = content["model"]["vocab"]
     for byte in range(256):
@@ -49,13 +50,13 @@ def byte_fallback_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def word_piece_tokenizer() -> Tokenizer:
+def word_piece_tokenizer(texts: Sequence[str] = SAMPLE_TEXT, vocab_size: int = 200) -> Tokenizer:
     """As BERT has it."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False)
-    tokenizer.train_from_iterator(SAMPLE_TEXT, trainer)
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
