@@ -204,3 +204,13 @@ def test_a_stop_token_in_the_middle_of_a_step_is_the_last_token():
     assert bench.tokens("b") == tokens[: tokens.index(stop) + 1]
     assert (bench.end("b").reason, bench.end("b").stop_token_id) == (EndReason.STOP, stop)
     assert bench.end("b").output_tokens == tokens.index(stop) + 1
+
+
+def test_nobody_is_preempted_for_tokens_that_can_come_later():
+    """Two sequences that just fit: a step of 16 tokens each would need more blocks than there are."""
+    bench = virtual_engine(4, "instant", limits=SchedulerLimits(block_tokens=16))
+    for name in ("a", "b"):
+        bench.engine.add(request_of(name, tokens_of(20, len(name)), max_tokens=12))
+    bench.run()
+    assert [bench.end(name).reason for name in ("a", "b")] == [EndReason.LENGTH, EndReason.LENGTH]
+    assert [len(bench.tokens(name)) for name in ("a", "b")] == [12, 12]

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -108,3 +109,14 @@ def test_console_format_is_for_people(capsys: pytest.CaptureFixture[str]) -> Non
     configure_logging("decode", "decode-0", "ab" * 8, "info", "console")
     get_logger("x").info("hello")
     assert "hello" in capsys.readouterr().err
+
+
+def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    configure_logging("decode", "decode-0", "ab" * 8, "info", "json")
+    with open("/dev/full", "w", buffering=1, encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        get_logger("x").info("disk_full")
+        get_logger("x").exception("still_running")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()

@@ -455,3 +455,15 @@ def test_sums_over_placements_are_those_of_the_placements_left() -> None:
     for placement_id in range(6):
         decode.ended(placement_id)
     assert (decode.num_apart, decode.apart_tokens, decode.kv_tokens, decode.weight) == (0, 0, 420, 4.0)
+
+
+def test_chats_keep_their_weight_beside_jobs_that_no_load_shows() -> None:
+    """A handoff that waits for its blocks is in no count of the worker's for a while."""
+    house = House()
+    _, decode = house.pair()
+    for placement_id in range(8):
+        decode.placed(placement_id, Placed(house.now, 0, 16_000, 0.5, is_apart=True))
+    decode.placed(8, Placed(house.now, 0, 100))
+    decode.placed(9, Placed(house.now, 0, 100))
+    decode.reported(worker_pb.WorkerLoad(running_sequences=2), house.now + 1)
+    assert decode.weight == 2 + 8 * 0.5

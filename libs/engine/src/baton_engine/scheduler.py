@@ -100,7 +100,7 @@ class Scheduler:
 
     def add(self, state: SequenceState) -> None:
         """Queue. state.table is filled if the sequence owns blocks already."""
-        state.waiting_rank = self._rank(state)
+        state.rank = self._rank(state)
         self.waiting[state.key] = state
         self._push(state)
 
@@ -164,7 +164,7 @@ class Scheduler:
 
     def _push(self, state: SequenceState) -> None:
         heap = self._with_table if state.owns_table else self._without_table
-        heapq.heappush(heap, (state.waiting_rank, state.number, state))
+        heapq.heappush(heap, (state.rank, state.number, state))
         if heap is self._without_table and heap[0][2] is state:
             self._blocked_at = -1  # another one is first now, and may fit
 
@@ -209,9 +209,21 @@ class Scheduler:
         if end == num_tokens and not state.is_prefill_only:
             draws = min(self._tokens_per_step, state.max_length - num_tokens)
         chunk = Chunk(state, state.computed, end, draws)
+        if draws > 1 and not self._has_room(state, chunk.kv_end):
+            chunk = Chunk(state, state.computed, end, 1)  # nobody has to go for tokens that can come with the next step
         if not self._make_room(state, chunk.kv_end, plan):
             return False
         plan.chunks.append(chunk)
+        return True
+
+    def _has_room(self, state: SequenceState, end: int) -> bool:
+        """Grow state's table to hold `end` tokens if there are blocks for it."""
+        missing = -(-end // self.limits.block_tokens) - len(state.table)
+        if missing > 0 and state.key in self.running:
+            try:
+                state.table += self._blocks.grow(state.key, missing)
+            except CacheFull:
+                return False
         return True
 
     def _make_room(self, state: SequenceState, end: int, plan: Plan) -> bool:
@@ -244,7 +256,7 @@ class Scheduler:
     def _add_prefills(self, plan: Plan) -> None:
         limits = self.limits
         states = [state for state in self._prefilling if not state.paused and state.key in self.running]
-        started = deque(sorted((state.waiting_rank, state.number, state) for state in states))
+        started = deque(sorted((state.rank, state.number, state) for state in states))
         slots = limits.max_batch_sequences - self._num_active + sum(not state.paused for state in plan.preempted)
         # Where decoding alone is over the limit, a prompt may still come along if it makes the step no longer.
         limit_s = max(limits.max_mixed_step_s, self._predict_s(plan.load)) if plan.chunks else limits.max_step_s
@@ -266,9 +278,10 @@ class Scheduler:
                 started.popleft()
             # The first chunk always gets a little: a full batch of decoding sequences must not starve prompts.
             length = self._chunk_tokens(plan.load, state, budget, limit_s) or min(limits.block_tokens, state.remaining, budget)
-            finishes_one |= length == state.remaining
             end = state.computed + length
+            is_end = length == state.remaining
             if self._add_chunk(state, end, plan):
+                finishes_one |= is_end
                 plan.load = plan.load.plus(state.computed, end)
             budget -= length
 
@@ -277,7 +290,7 @@ class Scheduler:
         candidates: list[_Ranked] = [started[0]] if started else []
         if has_slot:
             states = [self._first(self._with_table), None if self._is_blocked() else self._next_without_table()]
-            candidates += [(state.waiting_rank, state.number, state) for state in states if state is not None]
+            candidates += [(state.rank, state.number, state) for state in states if state is not None]
         return min(candidates)[2] if candidates else None
 
     def _is_blocked(self) -> bool:
@@ -292,7 +305,7 @@ class Scheduler:
             except CacheFull:
                 self._blocked_at = version
                 return False
-            state.waiting_rank = self._rank(state)  # now it is known what is cached
+            state.rank = self._rank(state)  # now it is known what is cached
         del self.waiting[state.key]
         self.running[state.key] = state
         self._prefilling.append(state)

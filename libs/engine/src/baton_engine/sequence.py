@@ -29,7 +29,7 @@ class SequenceState:
     paused: bool = False
     started: bool = False
     last_step: int = 0
-    waiting_rank: float = 0.0
+    rank: float = 0.0
     key: SequenceKey = field(init=False)
     is_prefill_only: bool = field(init=False)  # samples nothing; its blocks are promised to a sink
 

@@ -1,6 +1,7 @@
 """Whom a source offers next: the oldest, within its look-ahead and each sink's share of the pool."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from baton_engine.api import Priority
 
@@ -38,7 +39,9 @@ class Offers:
         ahead = self._ahead(now)
         held_back: set[str] = set()  # peers whose oldest waits for its share: its younger ones would eat what it waits for
         for handoff in self._queue.due(now):
-            if self._tokens_before(handoff, ahead) >= self._config.look_ahead_tokens:
+            if ahead.is_full():
+                return
+            if ahead.before(handoff.priority, handoff.num_tokens) >= self._config.look_ahead_tokens:
                 continue
             peer = handoff.peer.incarnation
             if not linked.get(peer) or peer in held_back:
@@ -47,32 +50,51 @@ class Offers:
                 held_back.add(peer)
                 continue
             yield handoff
-            ahead.append((handoff.priority, handoff.num_tokens))
+            ahead.add(handoff.priority, handoff.num_tokens)
 
-    def _tokens_before(self, handoff: SourceHandoff, ahead: Iterable[tuple[Priority, int]]) -> int:
-        """Tokens of those under way that the engine takes before it, or may.
-
-        Batch work never holds an interactive prompt back, which the engine takes first. A long prompt counts a quarter of the look-ahead
-        at most, and all of them together three quarters for a short one, which overtakes them.
-        """
-        quarter = max(1, self._config.look_ahead_tokens // 4)
-        counted = [tokens for priority, tokens in ahead if priority <= handoff.priority]
-        long = quarter * sum(tokens > quarter for tokens in counted)
-        short = sum(tokens for tokens in counted if tokens <= quarter)
-        return short + (min(long, 3 * quarter) if handoff.num_tokens <= quarter else long)
-
-    def _ahead(self, now: float) -> list[tuple[Priority, int]]:
-        """Class of each that is begun and not computed, and tokens to go; offers count only while an answer is to be expected, or one
-        hung sink would stop all."""
-        computing = [
-            (handoff.priority, max(0, handoff.num_tokens - handoff.computed * self._block_tokens))
-            for handoff in self._begun.values()
-            if handoff.state in (SourceState.COMPUTING, SourceState.FETCHING)
-        ]
-        return computing + [(handoff.priority, handoff.num_tokens) for handoff in self._queue.recently_offered(now)]
+    def _ahead(self, now: float) -> "_Ahead":
+        """What is begun and not computed; offers count only while an answer is to be expected, or one hung sink would stop all."""
+        ahead = _Ahead(self._config.look_ahead_tokens)
+        for handoff in self._begun.values():
+            if handoff.state in (SourceState.COMPUTING, SourceState.FETCHING):
+                ahead.add(handoff.priority, max(0, handoff.num_tokens - handoff.computed * self._block_tokens))
+        for handoff in self._queue.recently_offered(now):
+            ahead.add(handoff.priority, handoff.num_tokens)
+        return ahead
 
     def _is_over_share(self, handoff: SourceHandoff) -> bool:
         peer = handoff.peer.incarnation
         holding = [*self._begun.values(), *self._queue.awaiting_answer()]
         others = sum(other.num_blocks - other.confirmed for other in holding if other.peer.incarnation == peer)
         return others > 0 and others + handoff.num_blocks > self._config.peer_share * self._total_blocks
+
+
+class _Ahead:
+    """Tokens under way, summed by class: hundreds may wait, and each is held against them.
+
+    Batch work never holds an interactive prompt back, which the engine takes first. A long prompt counts a quarter of the look-ahead
+    at most, and all of them together three quarters for a short one, which overtakes them.
+    """
+
+    def __init__(self, look_ahead_tokens: int) -> None:
+        self._limit = look_ahead_tokens
+        self._quarter = max(1, look_ahead_tokens // 4)
+        self._short: Counter[Priority] = Counter()  # tokens of short prompts
+        self._long: Counter[Priority] = Counter()  # long prompts
+
+    def add(self, priority: Priority, num_tokens: int) -> None:
+        """One more, with so many tokens to go."""
+        if num_tokens > self._quarter:
+            self._long[priority] += 1
+        else:
+            self._short[priority] += num_tokens
+
+    def before(self, priority: Priority, num_tokens: int) -> int:
+        """Tokens that the engine takes before a prompt of this class and length, or may."""
+        short = sum(tokens for other, tokens in self._short.items() if other <= priority)
+        long = self._quarter * sum(count for other, count in self._long.items() if other <= priority)
+        return short + (min(long, 3 * self._quarter) if num_tokens <= self._quarter else long)
+
+    def is_full(self) -> bool:
+        """Whether not even a short interactive prompt may go."""
+        return self.before(Priority.INTERACTIVE, 1) >= self._limit

@@ -1,6 +1,6 @@
 """What one frontend process holds at a time, and what it refuses at once: requests, tokens and bytes.
 
-Requests and tokens are counted from admission to the one end of a generation, bytes from the head of a call to its last byte.
+Requests and tokens are counted from admission to the one end of a generation, bytes from the head of a call until it is tokenized.
 Nothing waits here: what does not fit is refused (law 5). One per process, used on the loop only.
 """
 
@@ -17,7 +17,7 @@ class AdmissionLimits:
     """Inclusive bounds; the names are those of the settings.
 
     max_inflight: generations. max_inflight_tokens: prompt and max_tokens of these generations, as if all of it were generated.
-    max_held_bytes: bodies of calls that are not answered yet, and text kept for clients that read slowly.
+    max_held_bytes: bodies of calls that are not tokenized yet, and text kept for clients that read slowly.
     retry_after_ms: advice with a refusal.
     """
 

@@ -17,7 +17,7 @@ class FrontendConfig(CommonConfig):
     http_reuse_port: several frontends share the port; the kernel spreads connections.
     max_inflight: generations at a time; more are refused with 429.
     max_inflight_tokens: prompt and max_tokens of these generations, added up; more are refused with 429. 4 bytes each are held.
-    max_held_bytes: bodies of calls that are not answered yet, and text held for slow readers; more bodies are refused with 429.
+    max_held_bytes: bodies of calls that are not tokenized yet, and text held for slow readers; more bodies are refused with 429.
     retry_after_ms: advice given with such a refusal.
     max_body_bytes: longest HTTP request body; longer ones are refused with 413.
     max_header_bytes: longest request line, and longest header, of an HTTP request; longer ones are refused with 431.

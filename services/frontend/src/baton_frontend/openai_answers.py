@@ -32,6 +32,24 @@ class BatonAnswer(Struct):
     resumed: int
 
 
+class ChoiceLatencyBudget(Struct):
+    """Where the time of a choice went, in ms (docs/tracing.md). null: not known."""
+
+    prepare_ms: float | None
+    route_ms: float | None
+    queue_ms: float | None
+    prefill_ms: float | None
+    pull_ms: float | None
+    first_step_ms: float | None
+    stream_ms: float | None
+
+
+class ChoiceBaton(Struct):
+    """Our extension of a choice, with `baton.latency_budget`."""
+
+    latency_budget: ChoiceLatencyBudget
+
+
 class TopLogprob(Struct):
     """A likely token. bytes: of its text, also where they are only a part of a character."""
 
@@ -76,6 +94,7 @@ class ChatChoice(Struct, kw_only=True):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | UnsetType = UNSET
+    baton: ChoiceBaton | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -107,6 +126,7 @@ class ChatChunkChoice(Struct, kw_only=True):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | UnsetType = UNSET
+    baton: ChoiceBaton | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -131,6 +151,7 @@ class CompletionChunkChoice(Struct, kw_only=True):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | UnsetType = UNSET
+    baton: ChoiceBaton | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

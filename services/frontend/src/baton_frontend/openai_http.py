@@ -194,6 +194,8 @@ class OpenAIHandlers:
         try:
             self._admission.check()
             planned = await self._plan(request, endpoint, record)
+            self._admission.give_bytes(record.body_bytes)  # of the body nothing is kept but its tokens
+            record.body_bytes = 0
             answer = self._stream if planned.is_stream else self._collect
             response = await answer(request, planned, record, context)
             record.status = response.status

@@ -39,7 +39,7 @@ _ERRORS = {
     429: "A queue is full; nothing was started. Send it again after `Retry-After`.",
     500: "Our fault; the log has the details under the request id.",
     503: "Draining, no worker, or the model cannot be read. Send it again after `Retry-After`.",
-    504: "`baton.deadline_s` passed.",
+    504: "The deadline passed: `baton.deadline_s`, or the server's default.",
 }
 _CALL_ERRORS = sorted({400, 404, 408, 413, 500} | {status for _, status, _ in STATUS_OF})
 _HEADERS: Json = {

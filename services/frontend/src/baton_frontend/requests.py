@@ -93,7 +93,11 @@ class RequestManager:
             raise
         request_id = f"{self._incarnation}-{next(self._numbers)}"
         seed = generation.seed if generation.seed is not None else secrets.randbits(64)
-        active = ActiveRequest(self, request_id, generation, seed, model, sink, trace_context)
+        try:
+            active = ActiveRequest(self, request_id, generation, seed, model, sink, trace_context)
+        except Exception:  # a bug; what was taken must not be lost with it
+            self.admission.leave(generation.num_tokens)
+            raise
         self._active[request_id] = active
         self._idle.clear()
         active.begin()

@@ -95,7 +95,8 @@ class RouterLink:
 
     def end(self, query_id: int) -> None:
         """The placement given for this question is over. The router hears of it with the next message, or tick."""
-        self._hint(self._ended, query_id, is_urgent=False)
+        if self.is_live:
+            self._ended.append(query_id)  # each undoes a sum of the router's, so none is dropped; they are as many as requests at most
 
     def path_down(self, prefill_incarnation: str, decode_incarnation: str) -> None:
         """This pair cannot reach each other."""
@@ -120,14 +121,13 @@ class RouterLink:
                 return  # as in AttachClient.run
             await asyncio.sleep(self._times.first_retry_s if was_live else self._times.retry_s)
 
-    def _hint(self, hints: list[Any], hint: object, *, is_urgent: bool = True) -> None:
+    def _hint(self, hints: list[Any], hint: object) -> None:
         if not self.is_live:
             return  # a router forgets a frontend whose stream ends
         hints.append(hint)
         if len(hints) > MAX_HINTS:
             del hints[0]
-        if is_urgent:
-            self._wake.set()
+        self._wake.set()
 
     async def _session(self) -> bool:
         channel = open_channel(self.address)

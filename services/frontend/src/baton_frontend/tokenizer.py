@@ -16,7 +16,7 @@ from itertools import islice
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-from baton_runtime.errors import BatonError, Draining, QueueFull
+from baton_runtime.errors import BatonError, Draining, Internal, QueueFull
 from tokenizers import Tokenizer
 
 from baton_frontend.segment_cache import MIN_SEGMENT_CHARS, Borders, SegmentCache
@@ -147,7 +147,14 @@ class PromptTokenizer:
             except BatonError as error:
                 _settle(batch, partial(_raise, error))
             else:
-                encoded.add_done_callback(partial(_settle_from, batch))
+                encoded.add_done_callback(partial(self._settle_batch, batch))
+
+    def _settle_batch(self, batch: Sequence["_Gathered"], encoded: "asyncio.Future[list[array[int]]]") -> None:
+        if encoded.cancelled() or encoded.exception() is None:
+            _settle(batch, encoded.result)
+            return
+        for one in batch:  # one text failed all: each for itself
+            _settle([one], partial(self._encode_now, one.texts, one.add_special_tokens))
 
 
 @dataclass(slots=True)
@@ -164,19 +171,16 @@ def _settle(batch: Sequence[_Gathered], encode: "Callable[[], list[array[int]]]"
     """Give every caller of the batch its part, or the error."""
     try:
         encoded = iter(encode())
-    except (Exception, asyncio.CancelledError) as error:
+    except BaseException as error:  # a panic of the library is no Exception, and whoever waits must hear of it
+        told = error if isinstance(error, Exception) else Draining() if isinstance(error, asyncio.CancelledError) else Internal("tokenizer")
         for one in batch:
             if not one.token_ids.done():
-                one.token_ids.set_exception(error)
+                one.token_ids.set_exception(told)
         return
     for one in batch:
         parts = list(islice(encoded, len(one.texts)))
         if not one.token_ids.done():  # its caller may have left
             one.token_ids.set_result(parts)
-
-
-def _settle_from(batch: Sequence[_Gathered], encoded: "asyncio.Future[list[array[int]]]") -> None:
-    _settle(batch, encoded.result)
 
 
 def _raise(error: BatonError) -> NoReturn:

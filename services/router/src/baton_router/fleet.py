@@ -133,7 +133,7 @@ class Worker:
             self._seen(next(iter(self._unseen)))
 
     def placed(self, placement: int, work: Placed) -> None:
-        """Work was given to it that its load does not show yet."""
+        """Work was given to it; its load does not show it yet."""
         self._placed[placement] = self._unseen[placement] = work
         self._num_batch += work.weight != 1.0
         self._unseen_prefill_tokens += work.prefill_tokens
@@ -175,7 +175,8 @@ class Worker:
     @property
     def weight(self) -> float:
         """Weights of its sequences together. Those another router has placed count as interactive."""
-        return max(0.0, self.num_sequences - (1.0 - BATCH_WEIGHT) * self._num_batch)
+        # Between the end of the wait and the first step a handoff is in no count of the worker's, but it is still placed here.
+        return max(self.num_sequences, len(self._placed)) - (1.0 - BATCH_WEIGHT) * self._num_batch
 
     @property
     def kv_tokens(self) -> int:
