@@ -204,6 +204,8 @@ class PagedEngine:
         for chunk in chunks:
             state, start, kv_end = chunk.state, chunk.start, chunk.kv_end
             first_slot = start % block_tokens
+            if state.started and kv_end <= start - first_slot + block_tokens and first_slot:
+                continue  # within a block it has entered before: nearly every step of a decoding sequence
             if not state.started and first_slot:  # a partial block that came by a pull: its tail is whatever was there
                 self._zero_slots(state.table[start // block_tokens], first_slot)
             # Blocks the step enters and does not fill for certain: how many tokens are drawn is not known yet.

@@ -208,12 +208,11 @@ class Scheduler:
         draws = 0
         if end == num_tokens and not state.is_prefill_only:
             draws = min(self._tokens_per_step, state.max_length - num_tokens)
-        chunk = Chunk(state, state.computed, end, draws)
-        if draws > 1 and not self._has_room(state, chunk.kv_end):
-            chunk = Chunk(state, state.computed, end, 1)  # nobody has to go for tokens that can come with the next step
-        if not self._make_room(state, chunk.kv_end, plan):
+        if draws > 1 and not self._has_room(state, end + draws - 1):
+            draws = 1  # nobody has to go for tokens that can come with the next step
+        if not self._make_room(state, end + max(0, draws - 1), plan):
             return False
-        plan.chunks.append(chunk)
+        plan.chunks.append(Chunk(state, state.computed, end, draws))
         return True
 
     def _has_room(self, state: SequenceState, end: int) -> bool:
@@ -228,7 +227,7 @@ class Scheduler:
 
     def _make_room(self, state: SequenceState, end: int, plan: Plan) -> bool:
         """Grow state's table to hold `end` tokens, preempting the youngest if need be; False if state itself had to go."""
-        if state.key not in self.running:
+        if plan.preempted and state.key not in self.running:
             return False  # preempted for another one of this step
         while (missing := -(-end // self.limits.block_tokens) - len(state.table)) > 0:
             try:

@@ -56,6 +56,8 @@ class SimRunner:
         self._clock = clock
         self._pool_tokens = 0
         self._slots: Bytes = np.empty((0, 0, 0, 0), dtype=np.uint8)
+        self._first_key: SequenceKey | None = None  # of the last step
+        self._ended_at = 0.0
         self._known: dict[SequenceKey, tuple[int, int]] = {}  # tokens whose KV is known to be right, state of the last one
 
     def bind(self, pool: KvPool) -> None:
@@ -76,8 +78,11 @@ class SimRunner:
             raise StepFailed(corrupt, KV_CORRUPT)
         drawn = self._draw_on(items, self._write(items))
         load = StepLoad.of((item.start, item.end) for item in items)
+        # A device goes on while the next step is planned: a step that continues the last one begins where that ended.
+        began_at = self._ended_at if items[0].key == self._first_key else started_at
         # Sleeping even for 0 s lets the event loop run between steps, as a device would: one thread must not keep the interpreter.
-        self._sleep(max(0.0, self.predict_s(load) - (self._clock() - started_at)))
+        self._sleep(max(0.0, began_at + self.predict_s(load) - self._clock()))
+        self._first_key, self._ended_at = items[0].key, self._clock()
         return [self._draw(item, token_ids) if item.draws else None for item, token_ids in zip(items, drawn, strict=True)]
 
     def forget(self, key: SequenceKey) -> None:
