@@ -226,4 +226,4 @@ def test_planning_does_not_lengthen_steps_that_follow_each_other():
         ends.append(bench.clock())
         bench.clock.sleep(0.002)  # what planning and bookkeeping take
     gaps = [after - before for before, after in pairwise(ends[2:])]
-    assert max(gaps) < 0.0059  # decode steps of 5.74 ms and a little; with 2 ms more between them they would be 7.7
+    assert max(gaps) < 0.007  # decode steps of 5.74 to 6.8 ms; with 2 ms more between them none would be that short
