@@ -208,15 +208,15 @@ class Scheduler:
         draws = 0
         if end == num_tokens and not state.is_prefill_only:
             draws = min(self._tokens_per_step, state.max_length - num_tokens)
-        if draws > 1 and not self._has_room(state, end + draws - 1):
+        if draws > 1 and not self._grow(state, end + draws - 1):
             draws = 1  # nobody has to go for tokens that can come with the next step
         if not self._make_room(state, end + max(0, draws - 1), plan):
             return False
         plan.chunks.append(Chunk(state, state.computed, end, draws))
         return True
 
-    def _has_room(self, state: SequenceState, end: int) -> bool:
-        """Grow state's table to hold `end` tokens if there are blocks for it."""
+    def _grow(self, state: SequenceState, end: int) -> bool:
+        """Grow state's table to hold `end` tokens; False if there are too few blocks for it. One that was preempted stays as it is."""
         missing = -(-end // self.limits.block_tokens) - len(state.table)
         if missing > 0 and state.key in self.running:
             try:
@@ -229,16 +229,13 @@ class Scheduler:
         """Grow state's table to hold `end` tokens, preempting the youngest if need be; False if state itself had to go."""
         if plan.preempted and state.key not in self.running:
             return False  # preempted for another one of this step
-        while (missing := -(-end // self.limits.block_tokens) - len(state.table)) > 0:
-            try:
-                state.table += self._blocks.grow(state.key, missing)
-            except CacheFull:
-                victim = self._victim()
-                self.remove(victim.key)
-                self._blocks.release(victim.key)
-                plan.preempted.append(victim)
-                if victim is state:
-                    return False
+        while not self._grow(state, end):
+            victim = self._victim()
+            self.remove(victim.key)
+            self._blocks.release(victim.key)
+            plan.preempted.append(victim)
+            if victim is state:
+                return False
         return True
 
     def _victim(self) -> SequenceState:

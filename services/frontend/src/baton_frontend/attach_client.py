@@ -6,7 +6,7 @@ worker is tried again in the background and counts as alive once its beats are s
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,7 +81,10 @@ class AttachClient:
         observer: AttachObserver,
         clock: Callable[[], float],
         times: AttachTimes,
+        sessions: Iterator[int],
     ) -> None:
+        """sessions: numbers that rise, of all streams of this frontend: a worker that was started again at the address of its former life
+        is said hello by the clients of both, and takes none below the highest it has seen."""
         self.incarnation = incarnation
         self.address = address
         self.instance: instance_pb2.Instance | None = None  # its record; None: known only from a placement
@@ -94,6 +97,7 @@ class AttachClient:
         self._observer = observer
         self._clock = clock
         self._times = times
+        self._sessions = sessions
         self._lanes = LaneTable(on_cancelled_end=lambda lane: observer.on_cancelled_end(clock() - lane.cancelled_at))
         self._unsent: dict[int, tuple[Lane, worker_pb2.Start]] = {}
         self._cancels: list[tuple[worker_pb2.Cancel, float]] = []  # and when it was decided
@@ -241,7 +245,7 @@ class AttachClient:
 
     def _hello(self) -> worker_pb2.AttachHello:
         """A new session starts clean: cancelled lanes are not listed, so the worker ends them, and their slots are free."""
-        self._session_number += 1
+        self._session_number = next(self._sessions)
         self._frame = self._acked_frame = 0
         self._cancels.clear()
         resumes = []

@@ -375,7 +375,7 @@ def _emit_late(tail: TailSampling, span: trace.Span, request: web.Request, recor
     parent = trace.get_current_span(context_from(request.headers.get("traceparent", ""))).get_span_context()
     error = f"HTTP {record.status}" if record.status >= 500 else ""
     duration_s = record.ended_at - record.started_at
-    tail.emit(span, f"POST {record.route}", trace.SpanKind.SERVER, parent, duration_s, attributes, error=error)
+    tail.spans.emit(span, f"POST {record.route}", trace.SpanKind.SERVER, parent, duration_s, attributes, error=error)
 
 
 def _json(content: object, status: int = 200) -> web.Response:

@@ -197,7 +197,7 @@ class RequestReport:
     def _close_late(self, tail: TailSampling, ending: Ending, why: str) -> None:
         if not tail.keep(self._span, why):
             return
-        tail.emit(
+        tail.spans.emit(
             self._span,
             self._span_name,
             trace.SpanKind.CLIENT,
@@ -205,7 +205,7 @@ class RequestReport:
             ending.duration_s,
             {**self._opening_attributes(), **_closing_attributes(ending), semconv.BATON_SAMPLED_BECAUSE: why},
             error="" if ending.end.error is None else str(ending.end.error),
-            first_token_ago_s=None if ending.ttft_s is None else ending.duration_s - ending.ttft_s,
+            event_ago_s=None if ending.ttft_s is None else ending.duration_s - ending.ttft_s,
         )
 
 

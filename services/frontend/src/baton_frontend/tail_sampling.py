@@ -5,13 +5,12 @@ request began, with the latency budget of all phases; the spans of other service
 sampled. Recording everything everywhere in order to decide at the end would cost each request what a sampled one costs (docs/tracing.md).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton_runtime.errors import Cancelled, InvalidArgument, NotFound, QueueFull
 from baton_runtime.telemetry import LateSpans
 from opentelemetry import trace
-from opentelemetry.util.types import AttributeValue
 
 from baton_frontend.generation import GenerationEnd
 
@@ -34,7 +33,7 @@ class TailSampling:
 
     def __init__(self, spans: LateSpans, limits: TailLimits, clock: Callable[[], float], on_decided: Callable[[str], None]) -> None:
         """on_decided: told per trace: "error", "resumed", "slow", or "dropped" if there were too many in this second."""
-        self._spans = spans
+        self.spans = spans  # through which those that are kept are exported
         self._limits = limits
         self._clock = clock
         self._on_decided = on_decided
@@ -68,21 +67,6 @@ class TailSampling:
         self._kept[trace_id] = None
         self._on_decided(why)
         return True
-
-    def emit(
-        self,
-        span: trace.Span,
-        name: str,
-        kind: trace.SpanKind,
-        parent: trace.SpanContext | None,
-        duration_s: float,
-        attributes: Mapping[str, AttributeValue],
-        *,
-        error: str = "",
-        first_token_ago_s: float | None = None,
-    ) -> None:
-        """Export a span that ends now. error: what failed; empty: nothing."""
-        self._spans.emit(span, name, kind, parent, duration_s, attributes, error=error, event_ago_s=first_token_ago_s)
 
     def call_over(self, span: trace.Span, status: int) -> bool:
         """An HTTP call is over, and with it its trace. Whether its own span should be exported: with those of its generations, or alone if

@@ -4,6 +4,7 @@ Discovery adds workers. It never kills one: a worker whose record vanished is dr
 """
 
 import asyncio
+import itertools
 from collections.abc import Callable, Collection
 from typing import Protocol
 
@@ -45,6 +46,7 @@ class Workers:
         self._clock = clock
         self._times = times or AttachTimes()
         self._clients: dict[str, AttachClient] = {}
+        self._sessions = itertools.count(1)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._barred: dict[tuple[str, str], float] = {}  # (prefill, decode) incarnations -> until
@@ -79,7 +81,7 @@ class Workers:
     def _add(self, incarnation: str, address: str) -> AttachClient | None:
         if self._tasks is None:
             return None
-        client = AttachClient(incarnation, address, self._identity, self, self._clock, self._times)
+        client = AttachClient(incarnation, address, self._identity, self, self._clock, self._times, self._sessions)
         self._clients[incarnation] = client
         self._running[incarnation] = self._tasks.create_task(client.run(), name=f"attach-{incarnation}")
         return client
