@@ -420,6 +420,7 @@ ON_BOTH = pytest.mark.parametrize("owned", ["sim", pytest.param("torch", marks=p
 HOG_TOKENS = 1400  # of 1,536 in the pool of a decode: beside it there is no room for the request
 
 
+@pytest.mark.slow
 @ON_BOTH
 async def test_a_request_that_decode_has_no_room_for_waits_and_is_not_tried_elsewhere(owned: Owned) -> None:
     """Not now: prefill offers it again until others have left."""
@@ -478,6 +479,7 @@ async def check_begun_right(owned: Owned, response: Response) -> None:
     assert found == again.choices[0].token_ids
 
 
+@pytest.mark.slow
 @ON_BOTH
 async def test_a_request_under_which_two_workers_died_is_not_tried_a_third_time(owned: Owned) -> None:
     await owned.mend()
@@ -538,6 +540,7 @@ async def test_the_deadline_ends_a_stream_with_an_error_and_frees_everything(own
     await check_begun_right(owned, response)
 
 
+@pytest.mark.slow
 @ON_BOTH
 async def test_without_a_worker_a_stream_waits_for_one_to_come_back_and_then_ends_honestly(owned: Owned) -> None:
     """One decode is stopped, the other dies under two clients, one of which leaves while there is nobody to go on."""

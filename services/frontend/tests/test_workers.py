@@ -82,11 +82,12 @@ def test_barred_pair_is_free_again_after_its_time() -> None:
     assert not workers.is_barred(pair)
 
 
-async def test_no_two_streams_of_a_frontend_have_one_session_number(bench: Bench) -> None:
+async def test_no_two_streams_of_a_frontend_have_one_session_number() -> None:
     """A worker started again at the address of its former life hears the clients of both lives."""
-    workers = [await FakeWorker(f"decode-{n}", f"d{n}").open() for n in range(3)]
-    await bench.ready(*workers)
-    sessions = [request.hello.session for worker in workers for request in worker.requests if request.HasField("hello")]
-    assert len(sessions) == len(set(sessions)) == 3
-    for worker in workers:
-        await worker.close()
+    async with running_bench() as bench:
+        workers = [await FakeWorker(f"decode-{n}", f"d{n}").open() for n in range(3)]
+        await bench.ready(*workers)
+        sessions = [request.hello.session for worker in workers for request in worker.requests if request.HasField("hello")]
+        assert len(sessions) == len(set(sessions)) == 3
+        for worker in workers:
+            await worker.close()
