@@ -378,18 +378,31 @@ QUICK = {"attach reset", "decode says STALE", "decode says PREEMPTED", "decode s
 }
 
 
-def on_both(cases: list[Case]) -> list[object]:
-    found = []
-    for engine in ("sim", "torch"):
-        for case in cases:
+def on(engine: str) -> Callable[[Callable], Callable]:
+    """Mark a test to run all cases on an engine. Only the engine has the module's scope, so that one cluster serves all of them."""
+
+    def mark(test: Callable) -> Callable:
+        cases = []
+        for case in CASES:
             is_quick = case.name in QUICK and (engine == "sim" or case.on_torch)
-            marks = [] if is_quick else [pytest.mark.slow]
-            found.append(pytest.param(engine, case, marks=marks, id=f"{engine}-{case.name}"))
-    return found
+            cases.append(pytest.param(case, marks=[] if is_quick else [pytest.mark.slow], id=case.name))
+        engines = pytest.mark.parametrize("owned", [engine], indirect=True, scope="module")
+        return engines(pytest.mark.parametrize("case", cases)(test))
+
+    return mark
 
 
-@pytest.mark.parametrize(("owned", "case"), on_both(CASES), indirect=["owned"], scope="module")
+@on("sim")
 async def test_the_client_gets_the_answer_of_an_undisturbed_run(owned: Owned, case: Case) -> None:
+    await check_undisturbed(owned, case)
+
+
+@on("torch")
+async def test_the_client_gets_the_answer_of_an_undisturbed_run_on_torch(owned: Owned, case: Case) -> None:
+    await check_undisturbed(owned, case)
+
+
+async def check_undisturbed(owned: Owned, case: Case) -> None:
     with owned.timed():
         await owned.mend(case.needed)
     if case.order is not None:
@@ -403,6 +416,8 @@ async def test_the_client_gets_the_answer_of_an_undisturbed_run(owned: Owned, ca
         if not case.is_before:
             await case.strike(owned, response)
     assert not owned.order.exists(), "the order was not followed"
+    if case.order is not None and case.order.do == "SIGTERM":
+        await owned.dead()  # it ends by itself, and nobody should count on it until then
     with owned.timed():
         assert response.error is None
         await owned.mend(owned.running())
@@ -420,7 +435,6 @@ ON_BOTH = pytest.mark.parametrize("owned", ["sim", pytest.param("torch", marks=p
 HOG_TOKENS = 1400  # of 1,536 in the pool of a decode: beside it there is no room for the request
 
 
-@pytest.mark.slow
 @ON_BOTH
 async def test_a_request_that_decode_has_no_room_for_waits_and_is_not_tried_elsewhere(owned: Owned) -> None:
     """Not now: prefill offers it again until others have left."""
@@ -479,7 +493,6 @@ async def check_begun_right(owned: Owned, response: Response) -> None:
     assert found == again.choices[0].token_ids
 
 
-@pytest.mark.slow
 @ON_BOTH
 async def test_a_request_under_which_two_workers_died_is_not_tried_a_third_time(owned: Owned) -> None:
     await owned.mend()
@@ -540,7 +553,6 @@ async def test_the_deadline_ends_a_stream_with_an_error_and_frees_everything(own
     await check_begun_right(owned, response)
 
 
-@pytest.mark.slow
 @ON_BOTH
 async def test_without_a_worker_a_stream_waits_for_one_to_come_back_and_then_ends_honestly(owned: Owned) -> None:
     """One decode is stopped, the other dies under two clients, one of which leaves while there is nobody to go on."""
