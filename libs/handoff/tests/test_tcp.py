@@ -264,7 +264,7 @@ async def test_operation_asked_for_ahead_survives_the_end_of_the_one_before(sour
 
 async def test_reader_that_waits_for_its_turn_is_told_so_and_gets_it(source, monkeypatch):
     """Else it would take a busy source for a silent one."""
-    sink = Sink(TcpConfig(silence_limit_s=0.5))
+    sink = Sink(TcpConfig(silence_limit_s=1.5))
     await sink.transport.open()
     monkeypatch.setattr(tcp_source, "_WAITING_TICK_S", 0.05)
     peer = await sink.open_peer(source.offer())
@@ -275,7 +275,7 @@ async def test_reader_that_waits_for_its_turn_is_told_so_and_gets_it(source, mon
     monkeypatch.setattr(tcp_wire, "send_views", lambda sock, views, *rest: (told.append(views), send(sock, views, *rest)))
     async with asyncio.TaskGroup() as group:
         pull = group.create_task(peer.pull([4], [2]))
-        await until(lambda: len(told) > 20)  # for longer than the silence it bears
+        await until(lambda: len(told) > 40)  # for longer than the silence it bears
         assert not pull.done()
         for turn in held:
             turn.give_back()
