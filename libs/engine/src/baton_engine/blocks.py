@@ -83,6 +83,7 @@ class BlockManager:
         self._states = BlockStates(num_blocks)
         self._tables: dict[Hashable, _Table] = {}
         self._pins: dict[Hashable, _Pins] = {}
+        self._reserving: set[Hashable] = set()  # owners of the tables with reserved blocks
         self._reserved = 0
         self._room = WaitingRoom()
         self._listeners: list[Callable[[], None]] = []
@@ -177,6 +178,8 @@ class BlockManager:
             newly = range(table.committed, end_block)
             self._reserved -= len(newly)
             table.committed = max(table.committed, end_block)
+            if table.committed == len(table.blocks):
+                self._reserving.discard(owner)
             table.ready = max(table.ready, end_block)
             for index in newly:
                 if index < len(hashes):
@@ -342,8 +345,7 @@ class BlockManager:
     def pinned_owners(self) -> dict[Hashable, int]:
         """Owners of pins and reservations with their number of blocks: what stranded memory is looked for in."""
         with self._lock:
-            owners = dict.fromkeys([*self._pins, *self._tables])
-            return {owner: held for owner in owners if (held := self._held(owner))}
+            return {owner: self._held(owner) for owner in dict.fromkeys([*self._pins, *self._reserving])}
 
     def drain_events(self) -> CacheEvents:
         """Net change since the last call. Bounded by twice the number of blocks even if nobody drains."""
@@ -434,10 +436,13 @@ class BlockManager:
         fresh = self._states.take_fresh(num_blocks - len(shared))
         committed = len(shared) if reserved else num_blocks
         self._reserved += num_blocks - committed
+        if committed < num_blocks:
+            self._reserving.add(owner)
         self._tables[owner] = _Table([*shared, *fresh], committed, len(shared), len(shared), list(hashes[: len(shared)]))
 
     def _drop_table(self, owner: Hashable, table: _Table) -> None:
         self._reserved -= len(table.blocks) - table.committed
+        self._reserving.discard(owner)
         for block in reversed(table.blocks):
             self._states.drop_ref(block)
         self._states.touch(table.hashes)

@@ -23,8 +23,8 @@ from baton_engine.api import (
 from baton_engine.blocks import BlockManager
 from baton_engine.errors import SequenceTooLong, StepFailed
 from baton_engine.pool import KvPool
-from baton_engine.runner import ChunkItem, Draw, ModelRunner
-from baton_engine.scheduler import Chunk, Plan, Scheduler, SchedulerLimits
+from baton_engine.runner import Draw, ModelRunner
+from baton_engine.scheduler import Plan, Scheduler, SchedulerLimits
 from baton_engine.sequence import SequenceState
 
 
@@ -132,7 +132,7 @@ class PagedEngine:
         """See StepEngine.step."""
         self._step += 1
         started_at = self._clock()
-        if self._plan.chunks:
+        if self._plan.items:
             self._run(self._plan)
         output, self._output = self._output, StepOutput(step=0)
         output.step = self._step
@@ -178,47 +178,40 @@ class PagedEngine:
 
     def _run(self, plan: Plan) -> None:
         output = self._output
-        self._clear_unwritten(plan.chunks)
-        items = [self._item(chunk) for chunk in plan.chunks]
+        self._clear_unwritten(plan)
         try:
-            draws = self._runner.run(items)
+            draws = self._runner.run(plan.items)
             self._computed_at = self._clock()
         except StepFailed as failure:
-            self._end_guilty(plan.chunks, failure)
+            self._end_guilty(plan.states, failure)
             return
         output.prefill_tokens = plan.load.prefill_tokens
         output.decode_sequences = plan.load.decode_sequences
-        output.kv_tokens = sum(chunk.end for chunk in plan.chunks)
-        for chunk, draw in zip(plan.chunks, draws, strict=True):
-            self._advance(chunk, draw)
+        output.kv_tokens = sum([item.end for item in plan.items])
+        for state, item, draw in zip(plan.states, plan.items, draws, strict=True):
+            self._advance(state, item.end, draw)
 
-    @staticmethod
-    def _item(chunk: Chunk) -> ChunkItem:
-        state, start, end, draws = chunk
-        request = state.request
-        return ChunkItem(request.key, state.tokens, start, end, state.table, draws, request.sampling, request.num_prompt_tokens)
-
-    def _clear_unwritten(self, chunks: list[Chunk]) -> None:
+    def _clear_unwritten(self, plan: Plan) -> None:
         """Zero what a runner may read but nobody has written: it must be finite (see ModelRunner)."""
         block_tokens = self._block_tokens
-        for chunk in chunks:
-            state, start, kv_end = chunk.state, chunk.start, chunk.kv_end
+        for state, (_, _, start, end, table, draws, _, _) in zip(plan.states, plan.items, strict=True):
+            kv_end = end + draws - 1 if draws > 1 else end
             first_slot = start % block_tokens
-            if state.started and kv_end <= start - first_slot + block_tokens and first_slot:
+            if state.started and first_slot and kv_end <= start - first_slot + block_tokens:
                 continue  # within a block it has entered before: nearly every step of a decoding sequence
             if not state.started and first_slot:  # a partial block that came by a pull: its tail is whatever was there
-                self._zero_slots(state.table[start // block_tokens], first_slot)
+                self._zero_slots(table[start // block_tokens], first_slot)
             # Blocks the step enters and does not fill for certain: how many tokens are drawn is not known yet.
-            for index in range(max(-(-start // block_tokens), chunk.end // block_tokens), -(-kv_end // block_tokens)):
-                self._zero_slots(state.table[index], 0)
+            for index in range(max(-(-start // block_tokens), end // block_tokens), -(-kv_end // block_tokens)):
+                self._zero_slots(table[index], 0)
 
     def _zero_slots(self, block: int, first_slot: int) -> None:
         layout = self.pool.layout
         self.pool.data[block].reshape(layout.num_planes, layout.block_tokens, layout.slot_bytes)[:, first_slot:] = 0
 
-    def _advance(self, chunk: Chunk, draw: Draw | None) -> None:
-        state = chunk.state
-        state.computed = chunk.end
+    def _advance(self, state: SequenceState, end: int, draw: Draw | None) -> None:
+        """A step has computed the sequence's tokens up to `end` and drawn."""
+        state.computed = end
         state.last_step = self._step
         if not state.started:
             state.started = True
@@ -249,36 +242,44 @@ class PagedEngine:
             state.announced = end_block
 
     def _append(self, state: SequenceState, draw: Draw) -> None:
-        output, position = self._output, len(state.tokens) - state.request.num_prompt_tokens
-        token_ids, stop_token_id = self._until_stop(state, position, draw.token_ids)
+        output, tokens, token_ids = self._output, state.tokens, draw.token_ids
+        position = len(tokens) - state.num_prompt_tokens
+        stop_token_id = None
+        if not state.stops.isdisjoint(token_ids):
+            token_ids, stop_token_id = self._until_stop(state, position, token_ids)
         count = len(token_ids)
-        state.tokens.extend(token_ids)
+        tokens.extend(token_ids)
         state.drawn += count
         state.computed += count - 1
-        self._publish(state)
-        output.keys += [state.key] * count
-        output.positions += range(position, position + count)
+        if state.computed >= (state.published + 1) * self._block_tokens:
+            self._publish(state)
+        if count == 1:  # the common case
+            output.keys.append(state.key)
+            output.positions.append(position)
+        else:
+            output.keys += [state.key] * count
+            output.positions += range(position, position + count)
         output.token_ids += token_ids
-        output.logprobs += draw.logprobs[:count]
+        if draw.logprobs:
+            output.logprobs += draw.logprobs[:count]
         if stop_token_id is not None:
             self._end(state, EndReason.STOP, stop_token_id=stop_token_id)
-        elif len(state.tokens) >= state.max_length:
+        elif len(tokens) >= state.max_length:
             self._end(state, EndReason.LENGTH)
 
     def _until_stop(self, state: SequenceState, position: int, token_ids: Sequence[int]) -> tuple[Sequence[int], int | None]:
         """The tokens up to and with the first that ends the sequence, and that one. position: of the first of them."""
-        if not state.stops.isdisjoint(token_ids):
-            for index, token_id in enumerate(token_ids):
-                if token_id in state.stops and position + index >= state.request.sampling.min_tokens:
-                    return token_ids[: index + 1], token_id
+        for index, token_id in enumerate(token_ids):
+            if token_id in state.stops and position + index >= state.sampling.min_tokens:
+                return token_ids[: index + 1], token_id
         return token_ids, None
 
-    def _end_guilty(self, chunks: list[Chunk], failure: StepFailed) -> None:
+    def _end_guilty(self, states: list[SequenceState], failure: StepFailed) -> None:
         """End the sequences a failed step names; nothing of the others was advanced, so they run again from where they were.
 
         Raises: the failure, if it names none of the step.
         """
-        guilty = [chunk.state for chunk in chunks if chunk.state.key in failure.keys]
+        guilty = [state for state in states if state.key in failure.keys]
         if not guilty:
             raise failure
         for state in guilty:

@@ -69,6 +69,11 @@ class StepLoad(NamedTuple):
                 attended += (end * (end + 1) - start * (start + 1)) // 2
         return cls(prefill_tokens, attended, decode_sequences, kv_tokens)
 
+    @classmethod
+    def of_items(cls, items: Iterable[ChunkItem]) -> "StepLoad":
+        """Load of a step that computes these."""
+        return cls.of([(start, end) for _, _, start, end, _, _, _, _ in items])
+
     def plus(self, start: int, end: int) -> "StepLoad":
         """This load and a chunk [start, end)."""
         return StepLoad(*(mine + more for mine, more in zip(self, StepLoad.of([(start, end)]), strict=True)))

@@ -15,12 +15,12 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias, cast
+from typing import TypeAlias, cast
 
 from baton_engine.api import Priority, SequenceKey
 from baton_engine.blocks import BlockManager, Turn
 from baton_engine.errors import CacheFull
-from baton_engine.runner import StepLoad
+from baton_engine.runner import ChunkItem, StepLoad
 from baton_engine.sequence import SequenceState
 
 # A prompt lets shorter ones go before it for so many times as long as it takes itself. Not what is left of it counts, or in its second half
@@ -42,25 +42,12 @@ class SchedulerLimits:
     batch_delay_s: float = 10.0  # a batch sequence yields to interactive ones that arrive up to this much later
 
 
-class Chunk(NamedTuple):
-    """Compute tokens [start, end) of a sequence, then draw up to `draws` more."""
-
-    state: SequenceState
-    start: int
-    end: int
-    draws: int
-
-    @property
-    def kv_end(self) -> int:
-        """As in ChunkItem."""
-        return self.end + max(0, self.draws - 1)
-
-
 @dataclass(slots=True)
 class Plan:
-    """What the next step runs, and what had to make room for it (blocks released already)."""
+    """What the next step runs, and what had to make room for it (blocks released already). states[i] is the sequence of items[i]."""
 
-    chunks: list[Chunk] = field(default_factory=list)
+    states: list[SequenceState] = field(default_factory=list)
+    items: list[ChunkItem] = field(default_factory=list)
     preempted: list[SequenceState] = field(default_factory=list)
     load: StepLoad = field(default_factory=StepLoad)
     predicted_s: float = 0.0
@@ -139,14 +126,13 @@ class Scheduler:
     def plan(self) -> Plan:
         """Choose the next step: all decoding sequences, then chunks of prompts by rank."""
         plan = Plan()
-        for state in self._decoding():
-            self._add_chunk(state, len(state.tokens), plan)
+        self._add_decodes(plan)
         self._settle(plan)
         num_preempted = len(plan.preempted)
         self._add_prefills(plan)
         if len(plan.preempted) > num_preempted:
             self._settle(plan)
-        plan.predicted_s = self._predict_s(plan.load) if plan.chunks else 0.0
+        plan.predicted_s = self._predict_s(plan.load) if plan.items else 0.0
         return plan
 
     def _on_available(self) -> None:
@@ -202,17 +188,32 @@ class Scheduler:
             states.sort(key=lambda state: state.last_step)
         return states[: self.limits.max_batch_sequences]
 
+    def _add_decodes(self, plan: Plan) -> None:
+        """One chunk for everyone who decodes. Nearly all have room for it, and are not worth a call each."""
+        tokens_per_step, block_tokens = self._tokens_per_step, self.limits.block_tokens
+        add_state, add_item = plan.states.append, plan.items.append
+        for state in self._decoding():
+            tokens = state.tokens
+            end = len(tokens)
+            draws = min(tokens_per_step, state.max_length - end)
+            if plan.preempted or end + max(0, draws - 1) > len(state.table) * block_tokens:
+                self._add_chunk(state, end, plan)
+            else:
+                add_state(state)
+                add_item(ChunkItem(state.key, tokens, state.computed, end, state.table, draws, state.sampling, state.num_prompt_tokens))
+
     def _add_chunk(self, state: SequenceState, end: int, plan: Plan) -> bool:
         """Compute up to token `end`, and draw if that is the last one; False if there was no room and state itself had to go."""
-        num_tokens = len(state.tokens)
+        tokens = state.tokens
         draws = 0
-        if end == num_tokens and not state.is_prefill_only:
-            draws = min(self._tokens_per_step, state.max_length - num_tokens)
+        if end == len(tokens) and not state.is_prefill_only:
+            draws = min(self._tokens_per_step, state.max_length - end)
         if draws > 1 and not self._grow(state, end + draws - 1):
             draws = 1  # nobody has to go for tokens that can come with the next step
         if not self._make_room(state, end + max(0, draws - 1), plan):
             return False
-        plan.chunks.append(Chunk(state, state.computed, end, draws))
+        plan.states.append(state)
+        plan.items.append(ChunkItem(state.key, tokens, state.computed, end, state.table, draws, state.sampling, state.num_prompt_tokens))
         return True
 
     def _grow(self, state: SequenceState, end: int) -> bool:
@@ -244,10 +245,12 @@ class Scheduler:
         return max(candidates, key=lambda state: (state.request.priority, state.number))
 
     def _settle(self, plan: Plan) -> None:
-        """Drop chunks of sequences that were preempted after they had been chosen, and add up the rest."""
+        """Drop items of sequences that were preempted after they had been chosen, and add up the rest."""
         if plan.preempted:
-            plan.chunks = [chunk for chunk in plan.chunks if chunk.state.key in self.running]
-        plan.load = StepLoad.of((start, end) for _, start, end, _ in plan.chunks)
+            kept = [index for index, state in enumerate(plan.states) if state.key in self.running]
+            plan.states = [plan.states[index] for index in kept]
+            plan.items = [plan.items[index] for index in kept]
+        plan.load = StepLoad.of_items(plan.items)
 
     def _add_prefills(self, plan: Plan) -> None:
         limits = self.limits
@@ -255,10 +258,10 @@ class Scheduler:
         started = deque(sorted((state.rank, state.number, state) for state in states))
         slots = limits.max_batch_sequences - self._num_active + sum(not state.paused for state in plan.preempted)
         # Where decoding alone is over the limit, a prompt may still come along if it makes the step no longer.
-        limit_s = max(limits.max_mixed_step_s, self._predict_s(plan.load)) if plan.chunks else limits.max_step_s
+        limit_s = max(limits.max_mixed_step_s, self._predict_s(plan.load)) if plan.items else limits.max_step_s
         budget = limits.max_chunk_tokens
         finishes_one = False  # whether the step computes the end of a prompt
-        while budget > 0 and len(plan.chunks) < limits.max_batch_sequences:
+        while budget > 0 and len(plan.items) < limits.max_batch_sequences:
             state = self._best(started, has_slot=slots > 0)
             is_first = budget == limits.max_chunk_tokens
             if state is None:

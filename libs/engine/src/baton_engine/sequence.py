@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from baton_runtime.hashing import chain_hashes
 
-from baton_engine.api import EngineRequest, SequenceKey, Work
+from baton_engine.api import EngineRequest, SamplingParams, SequenceKey, Work
 
 
 @dataclass(slots=True, eq=False)
@@ -31,10 +31,14 @@ class SequenceState:
     last_step: int = 0
     rank: float = 0.0
     key: SequenceKey = field(init=False)
+    sampling: SamplingParams = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     is_prefill_only: bool = field(init=False)  # samples nothing; its blocks are promised to a sink
 
     def __post_init__(self) -> None:
         self.key = self.request.key
+        self.sampling = self.request.sampling
+        self.num_prompt_tokens = self.request.num_prompt_tokens
         self.is_prefill_only = self.request.work is Work.PREFILL_ONLY
 
     @property

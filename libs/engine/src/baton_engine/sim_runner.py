@@ -19,6 +19,7 @@ from baton_engine.sim_profile import SimProfile
 
 KV_CORRUPT = "kv_corrupt"
 _SURE = 0.9  # probability the sim reports for the token it draws; the rest is shared by the others it names
+_NOTHING = (0, 0)  # known of a sequence that is new
 _VERIFY_TOKENS = 4096  # at a time: bounds the memory of a check
 
 
@@ -73,11 +74,13 @@ class SimRunner:
     def run(self, items: Sequence[ChunkItem]) -> list[Draw | None]:
         """See ModelRunner.run."""
         started_at = self._clock()
-        corrupt = [item.key for item in items if not self._is_sound(item)]
+        # What it wrote or verified itself it trusts.
+        unknown = [item for item in items if self._known.get(item.key, _NOTHING)[0] != item.start]
+        corrupt = [item.key for item in unknown if not self._is_sound(item)]
         if corrupt:
             raise StepFailed(corrupt, KV_CORRUPT)
         drawn = self._draw_on(items, self._write(items))
-        load = StepLoad.of((item.start, item.end) for item in items)
+        load = StepLoad.of_items(items)
         # A device goes on while the next step is planned: a step that continues the last one begins where that ended.
         began_at = self._ended_at if items[0].key == self._first_key else started_at
         # Sleeping even for 0 s lets the event loop run between steps, as a device would: one thread must not keep the interpreter.
@@ -90,10 +93,7 @@ class SimRunner:
         self._known.pop(key, None)
 
     def _is_sound(self, item: ChunkItem) -> bool:
-        """Verify what the item attends to, unless this runner wrote or verified it already."""
-        known, _ = self._known.get(item.key, (0, 0))
-        if known == item.start:
-            return True
+        """Verify what the item attends to."""
         token_states = states(item.token_ids[: item.start])
         table, block_tokens = np.asarray(item.table), self.layout.block_tokens
         for start in range(0, item.start, _VERIFY_TOKENS):
@@ -106,13 +106,14 @@ class SimRunner:
 
     def _write(self, items: Sequence[ChunkItem]) -> U64:
         """Write the slots of all items; the state of each item's last token, shape (len(items),)."""
+        prompts = [index for index, item in enumerate(items) if item.end - item.start > 1]
+        if not prompts:
+            return self._write_decodes(items)
         last = np.empty(len(items), dtype=np.uint64)
-        decodes = [index for index, item in enumerate(items) if item.is_decode]
-        if decodes:
+        last[prompts] = self._write_prompts([items[index] for index in prompts])
+        if len(prompts) < len(items):
+            decodes = [index for index, item in enumerate(items) if item.is_decode]
             last[decodes] = self._write_decodes([items[index] for index in decodes])
-        if len(decodes) < len(items):
-            prompts = [index for index, item in enumerate(items) if not item.is_decode]
-            last[prompts] = self._write_prompts([items[index] for index in prompts])
         return last
 
     def _write_decodes(self, items: Sequence[ChunkItem]) -> U64:
@@ -141,7 +142,7 @@ class SimRunner:
         return last
 
     def _states_before(self, items: Sequence[ChunkItem]) -> U64:
-        return np.array([self._known.get(item.key, (0, 0))[1] for item in items], dtype=np.uint64)
+        return np.array([self._known.get(item.key, _NOTHING)[1] for item in items], dtype=np.uint64)
 
     def _store(self, block_ids: npt.NDArray[np.int64], positions: U64, token_states: U64) -> None:
         slots = (positions % np.uint64(self.layout.block_tokens)).astype(np.int64)
@@ -152,19 +153,23 @@ class SimRunner:
 
         All items go the same number of rounds, so that a round is a few operations on arrays; what an item draws too much is dropped.
         """
-        num_rounds = max(item.draws for item in items)
+        rows: list[list[int]] = []
+        num_rounds = max([item.draws for item in items])
         drawn, states_after = [next_tokens(last_states, self._allowed)], [last_states]
-        if num_rounds > 1:
-            ends = np.array([item.end for item in items], dtype=np.uint64)
-            for step in range(num_rounds - 1):
-                states_after.append(states_after[-1] + token_terms(drawn[-1], ends + np.uint64(step)))
-                drawn.append(next_tokens(states_after[-1], self._allowed))
-            self._store_drawn(items, ends, np.stack(states_after[1:], axis=1))
-        rows = np.stack(drawn, axis=1).tolist()
+        if num_rounds <= 1:
+            for item, state, token_id in zip(items, last_states.tolist(), drawn[0].tolist(), strict=True):
+                self._known[item.key] = (item.end, state)
+                rows.append([token_id])
+            return rows
+        ends = np.array([item.end for item in items], dtype=np.uint64)
+        for step in range(num_rounds - 1):
+            states_after.append(states_after[-1] + token_terms(drawn[-1], ends + np.uint64(step)))
+            drawn.append(next_tokens(states_after[-1], self._allowed))
+        self._store_drawn(items, ends, np.stack(states_after[1:], axis=1))
         after = np.stack(states_after, axis=1).tolist()
         for item, states_of_item in zip(items, after, strict=True):
             self._known[item.key] = (item.kv_end, states_of_item[item.kv_end - item.end])
-        return [row[: item.draws] for item, row in zip(items, rows, strict=True)]
+        return [row[: item.draws] for item, row in zip(items, np.stack(drawn, axis=1).tolist(), strict=True)]
 
     def _store_drawn(self, items: Sequence[ChunkItem], ends: U64, token_states: U64) -> None:
         """Write the slots of drawn tokens. token_states: shape (len(items), rounds - 1), rounds <= block_tokens."""

@@ -3,7 +3,6 @@
 import time
 from array import array
 from collections.abc import Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,7 @@ class TorchRunner:
         started = time.perf_counter()
         with torch.inference_mode():
             draws = self._run(items)
-        load = reduce(lambda total, item: total.plus(item.start, item.end), items, StepLoad())
-        self._step_time.observe(load, time.perf_counter() - started)
+        self._step_time.observe(StepLoad.of_items(items), time.perf_counter() - started)
         return draws
 
     def _run(self, items: Sequence[ChunkItem]) -> list[Draw | None]:

@@ -1,7 +1,5 @@
 """All frontends attached to this worker: one session per incarnation, and whose sequence a token belongs to."""
 
-from itertools import groupby
-
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import SequenceKey, StepOutput
 from baton_runtime.errors import InvalidArgument
@@ -61,13 +59,15 @@ class Frontends:
 
     def on_output(self, output: StepOutput) -> None:
         """Tokens of one step. Those of sequences that are over are dropped. Ends come through `end`, after this."""
-        routes = self._routes
-        start = 0
-        for key, run in groupby(output.keys):
-            end = start + sum(1 for _ in run)
+        routes, keys, positions, token_ids = self._routes, output.keys, output.positions, output.token_ids
+        start, num_tokens = 0, len(keys)
+        while start < num_tokens:
+            key, end = keys[start], start + 1
+            while end < num_tokens and keys[end] is key:
+                end += 1
             route = routes.get(key)
             if route is not None:
-                route[0].append(route[1], output.positions[start], output.token_ids[start:end])
+                route[0].append(route[1], positions[start], token_ids[start:end])
             start = end
         for logprobs in output.logprobs:
             route = routes.get(logprobs.key)
