@@ -227,3 +227,25 @@ def test_planning_does_not_lengthen_steps_that_follow_each_other():
         bench.clock.sleep(0.002)  # what planning and bookkeeping take
     gaps = [after - before for before, after in pairwise(ends[2:])]
     assert max(gaps) < 0.007  # decode steps of 5.74 to 6.8 ms; with 2 ms more between them none would be that short
+
+
+class LateClock(VirtualClock):
+    """Sleeps longer than it is told to."""
+
+    late_s = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds + self.late_s)
+
+
+@pytest.mark.parametrize(("late_s", "num_steps_lost"), [(0.001, 0), (0.02, 1)])
+def test_a_late_wake_up_lengthens_no_step_and_a_very_late_one_is_not_made_up_for(late_s: float, num_steps_lost: int):
+    clock, tokens = LateClock(), tokens_of(20)
+    runner, _ = bound_runner("polynomial", clock)
+    ends = []
+    for end in range(1, 11):
+        clock.late_s = late_s if num_steps_lost == 0 or end == 5 else 0.0
+        runner.run([item(tokens[:end], end - 1, end, [9, 3, 20, 7, 5])])
+        ends.append(clock())
+    undisturbed_s = sum(runner.predict_s(StepLoad.of([(end - 1, end)])) for end in range(2, 11))
+    assert ends[-1] - ends[0] == pytest.approx(undisturbed_s + num_steps_lost * late_s)

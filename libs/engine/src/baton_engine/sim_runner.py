@@ -83,9 +83,12 @@ class SimRunner:
         load = StepLoad.of_items(items)
         # A device goes on while the next step is planned: a step that continues the last one begins where that ended.
         began_at = self._ended_at if items[0].key == self._first_key else started_at
+        due_at = began_at + self.predict_s(load)
         # Sleeping even for 0 s lets the event loop run between steps, as a device would: one thread must not keep the interpreter.
-        self._sleep(max(0.0, began_at + self.predict_s(load) - self._clock()))
-        self._first_key, self._ended_at = items[0].key, self._clock()
+        self._sleep(max(0.0, due_at - self._clock()))
+        woken_at = self._clock()
+        # That the host wakes up a little late is not the device's doing; but nothing is made up for once it was late by a step.
+        self._first_key, self._ended_at = items[0].key, due_at if woken_at - due_at < due_at - began_at else woken_at
         return [self._draw(item, token_ids) if item.draws else None for item, token_ids in zip(items, drawn, strict=True)]
 
     def forget(self, key: SequenceKey) -> None:
