@@ -141,8 +141,10 @@ def stream(
     options = Options(urls=urls, duration_s=duration, open_per_s=open_rate, answer_limit_s=answer_limit, pids=pids, **given)
     if plot is not None:
         reports.check_plot(plot)
-    prompts, check = Server.of(options)
     is_live = sys.stderr.isatty()
+    if is_live and options.check != "length":
+        click.echo(f"asking for the answers to compare with: {options.prompts} prompts of {options.max_tokens} tokens", err=True)
+    prompts, check = Server.of(options)
 
     def tell(seconds: float, figures: Figures) -> None:
         if is_live:
