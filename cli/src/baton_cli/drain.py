@@ -202,7 +202,7 @@ def _unreachable(instance: pb.Instance, why: str) -> str:
 
 def _unfinished(instance: pb.Instance, ending: Ending, timeout_s: float | None) -> str:
     if ending is Ending.TIMEOUT:
-        return f"{instance.instance_id} still drains after {timeout_s:g} s and goes on; ask again to follow it"
+        return f"the drain of {instance.instance_id} is not over after {timeout_s:g} s; what has begun goes on: ask again to follow it"
     return f"{instance.instance_id} died or was cut off before it said how its drain ended; see its log, and whether: baton status"
 
 

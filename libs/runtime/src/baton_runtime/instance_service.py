@@ -46,7 +46,7 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             raise StaleIncarnation(self._service.incarnation, request.incarnation)
         grace_s = _seconds(request.grace) if request.HasField("grace") else None
         if grace_s is not None and not 0.0 <= grace_s <= GRACE_LIMIT_S:
-            raise InvalidArgument(f"grace: must be 0 to {GRACE_LIMIT_S:g} s, not {grace_s:g} s")
+            raise InvalidArgument("grace", f"must be 0 to {GRACE_LIMIT_S:g} s, not {grace_s:g} s")
         drain = self._service.drain_state
         log.info("drain_asked", grace_s=grace_s, phase=drain.phase.value, peer=context.peer())
         with drain.watched():

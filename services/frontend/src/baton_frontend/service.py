@@ -69,11 +69,12 @@ class FrontendService(Service):
         admission = Admission(_admission_limits(config), metrics.on_admission_refused)
         metrics.watch(admission, metrics_server.registry)
         self._manager = manager = self._start_requests(telemetry, metrics, admission)
+        # Before it listens: on a shared port the kernel gives it connections at once.
+        if self._view is not None:
+            await self._view.synced(FIRST_LIST_S)
         self._http = await self._start_http(manager, telemetry, metrics, lambda: generate_latest(metrics_server.registry))
         # Last in, first out: requests end with an answer before the sockets close.
         self.closing.push_async_callback(self._end_requests, manager)
-        if self._view is not None:
-            await self._view.synced(FIRST_LIST_S)
         tune_gc()
         server = self._server = GrpcServer(config.listen, config.advertise)
         serve_instance(self, server)
