@@ -1,8 +1,9 @@
 """`baton drain`: which instance, whether it is needed, and how following it ends, with fake instances that serve."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from baton_cli.drain import Ending, Refused, find, follow, why_needed
 from baton_contracts.discovery.v1 import instance_pb2 as pb
 from baton_contracts.instance.v1 import instance_service_pb2 as drain_pb
 from baton_contracts.instance.v1.instance_service_pb2_grpc import InstanceServiceServicer, add_InstanceServiceServicer_to_server
+from baton_runtime.discovery import InMemoryDiscovery
 from baton_runtime.errors import StaleIncarnation
 from baton_runtime.rpc import GrpcServer
 
@@ -194,3 +196,70 @@ async def test_one_that_is_dead_names_the_fix() -> None:
         await server.close()
         with pytest.raises(Refused, match=r"does not answer at .* If it is dead, its record goes within 10 s"):
             await ending(which)
+
+
+@asynccontextmanager
+async def installation(monkeypatch: pytest.MonkeyPatch, *told: tuple[pb.Instance, Told]) -> AsyncIterator[list[pb.Instance]]:
+    """Instances that serve, each with what it says when it is drained. Yields: what is registered; may be changed."""
+    records: list[pb.Instance] = []
+
+    def opened(etcd: str, namespace: str) -> InMemoryDiscovery:
+        made = InMemoryDiscovery()
+        for record in records:
+            made.put(record)
+        return made
+
+    monkeypatch.setattr(drain, "Discovery", opened)
+    async with AsyncExitStack() as stack:
+        for which, says in told:
+            served_one, _, _ = await stack.enter_async_context(served(says))
+            which.grpc_address = served_one.grpc_address
+            records.append(which)
+        yield records
+
+
+async def run(name: str, *, wait: bool = True, force: bool = False, as_json: bool = False, timeout_s: float | None = None) -> int:
+    return await drain.run("e:1", "/b", name, wait=wait, timeout_s=timeout_s, grace_s=None, force=force, as_json=as_json)
+
+
+async def test_the_command_shows_progress_and_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    two = (instance("decode"), phases(DRAINING, DRAINED)), (instance("decode", 1), phases(DRAINED))
+    async with installation(monkeypatch, *two):
+        assert await run("decode-0", as_json=True) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["phase"] for line in lines] == ["draining", "drained"]
+    assert lines[-1].keys() >= {"running", "live_handoffs", "pinned_blocks", "reserved_blocks", "elapsed_s", "remaining_s"}
+
+
+async def test_exit_codes_tell_how_it_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told = [phases(DRAINING, CUT_OFF), phases(DRAINING), _begun_then_silent, phases(DRAINED)]
+    async with installation(monkeypatch, *((instance("router", number), says) for number, says in enumerate(told))):
+        assert [await run(f"router-{number}") for number in (0, 1, 3)] == [3, 4, 0]
+        assert await run("router-2", wait=False) == 0
+        assert await run("router-2", timeout_s=0.0) == 5
+    err = capsys.readouterr().err
+    assert "cut off: 0 running, 0 handoffs" in err
+    assert "router-1 died or was cut off before it said how its drain ended" in err
+    assert "the drain of router-2 is not over after 0 s" in err
+
+
+async def test_the_last_is_refused_also_if_the_other_one_is_registered_but_dead_or_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with installation(monkeypatch, (instance("frontend"), phases(DRAINED))) as records:
+        records.append(instance("frontend", 1))  # nobody listens at its address
+        draining = instance("frontend", 2)
+        draining.draining = True
+        records.append(draining)
+        with pytest.raises(
+            Refused, match=r"frontend-0 is not drained: it is the last ready frontend. Start another one first, or use --force"
+        ):
+            await run("frontend-0")
+        assert await run("frontend-0", force=True) == 0
+
+
+async def test_without_etcd_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "FIRST_LIMIT_S", 0.1)
+    down = InMemoryDiscovery()
+    down.set_up(False)
+    monkeypatch.setattr(drain, "Discovery", lambda etcd, namespace: down)
+    with pytest.raises(Refused, match=r"etcd at e:1 does not answer"):
+        await run("frontend-0")

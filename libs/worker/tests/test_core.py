@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import SequenceKey
-from baton_runtime.drain import Drain
+from baton_runtime.drain import Drain, Holdings
 from baton_runtime.testing import wait_until
 from baton_worker.cache_feed import apply_message
 from baton_worker.testing import FrontendModel, start_message
@@ -143,6 +143,7 @@ async def test_status_is_sound_and_counts_what_lives(house: House) -> None:
         assert (status.integrity_error, status.live_sequences, status.load.running_sequences) == ("", 1, 1)
         assert status.load.blocks.used > 0
         assert not status.safe_to_stop
+        assert house.core.state.holdings() == Holdings(running=1)
 
 
 async def test_drain_refuses_new_work_finishes_the_rest_and_is_safe(house: House) -> None:
@@ -181,6 +182,7 @@ async def test_drain_waits_for_blocks_that_are_still_pinned(house: House) -> Non
         await wait_until(lambda: house.core.dispatcher.is_draining)
         assert not (await house.stub.GetStatus(pb.GetStatusRequest(), timeout=2.0)).safe_to_stop
         assert not draining.done()
+        assert house.core.state.holdings() == Holdings(live_handoffs=house.handoffs.live_handoffs())
         house.handoffs.num_held_blocks = 0
 
 
