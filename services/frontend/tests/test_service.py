@@ -121,7 +121,8 @@ async def test_its_grpc_server_tells_health_and_what_a_drain_waits_for(worker: F
     async with Process(config()) as process, asyncio.TaskGroup() as tasks:
         process.discovery.put(worker.instance)
         (record,) = process.view.instances.values()
-        running = tasks.create_task(complete(process, max_tokens=60))
+        worker.step_s = 0.05  # 2 s for what follows up to the first message
+        running = tasks.create_task(complete(process, max_tokens=40))
         await worker.until(lambda: bool(worker.starts))
         async with open_channel(record.grpc_address) as channel:
             health = HealthStub(channel)
