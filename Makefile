@@ -11,6 +11,7 @@ HANDOFF_BENCHES := $(addprefix bench/,handoff_transports.py handoff_latency.py b
 # make up MODEL=folder UP="--engine sim --profile instant --port 9000"
 UP ?=
 SOAK ?=
+ROLLING ?=
 STREAM ?=
 STREAMS ?=
 SPIKE ?=
@@ -29,7 +30,7 @@ ALONE := tests --ignore tests/e2e
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-slow test-faults test-clients soak test-alone check format lint types proto proto-check \
+.PHONY: help up test test-unit test-e2e test-slow test-faults test-rolling test-clients soak test-alone check format lint types proto proto-check \
 	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff ci clean
 
 help: ## show this text
@@ -74,6 +75,9 @@ test-slow: $(VENV)/.ready ## what takes longer: ten times as many random histori
 
 test-faults: $(VENV)/.ready ## the whole fault matrix, as root (half an hour per transport on an idle machine; FAULTS="--transports shm"); writes docs/faults.md
 	$(BIN)/python tests/faults/matrix.py --json bench/results/fault-matrix-$$(date +%F).json --markdown docs/faults.md $(FAULTS)
+
+test-rolling: $(VENV)/.ready ## every instance of every service restarted under load, six rounds (ROLLING="--rounds 1"); writes bench/results/rolling-DATE.json
+	$(BIN)/python tests/load/rolling.py --json bench/results/rolling-$$(date +%F).json $(ROLLING)
 
 test-clients: $(VENV)/.ready $(VENV)-clients/sdk/.ready $(VENV)-clients/aiperf/.ready ## openai, LangChain, litellm, aiperf and schemathesis against a real Baton (five minutes; docs/clients.md)
 	$(BIN)/python tests/thirdparty/run.py --sdk $(VENV)-clients/sdk/bin/python --aiperf $(VENV)-clients/aiperf/bin/python \

@@ -163,8 +163,7 @@ async def _place(child: Child, hosts: Hosts) -> None:
     settings = {"METRICS_LISTEN": f"{outside}:0"}
     if service == "frontend":
         settings["HTTP_LISTEN"] = f"{outside}:8000"  # the same in every life
-    else:
-        settings["LISTEN"] = f"{inside}:0"
+    settings["LISTEN"] = f"{inside}:0"
     if service in ("prefill", "decode"):
         settings["TRANSFER_LISTEN"] = f"{inside}:0"
     child.environment = {**child.environment, **{f"BATON_{service.upper()}_{name}": value for name, value in settings.items()}}

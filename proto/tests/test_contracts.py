@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 from baton_contracts.discovery.v1 import instance_pb2
+from baton_contracts.instance.v1 import instance_service_pb2
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2
 from baton_contracts.router.v1 import router_service_pb2
 from baton_contracts.worker.v1 import handoff_service_pb2, worker_service_pb2
 from google.protobuf.descriptor import FileDescriptor
 
-FILES = [m.DESCRIPTOR for m in (instance_pb2, kvtransfer_service_pb2, router_service_pb2, handoff_service_pb2, worker_service_pb2)]
+FILES = [
+    m.DESCRIPTOR
+    for m in (instance_pb2, instance_service_pb2, kvtransfer_service_pb2, router_service_pb2, handoff_service_pb2, worker_service_pb2)
+]
 PAIR_MESSAGES_ABOUT_THE_LINK = {"hello", "welcome"}
 
 

@@ -15,6 +15,7 @@ from baton_runtime.log import configure_logging
 from rich.console import Console
 
 from baton_cli import chat as chat_command
+from baton_cli import drain as drain_command
 from baton_cli import handoffs as handoffs_command
 from baton_cli import state
 from baton_cli import status as status_command
@@ -172,6 +173,43 @@ def handoffs(is_watch: bool | None, as_json: bool, instance: str, request_id: st
     except KeyboardInterrupt:
         if not is_watch:
             raise
+
+
+@main.command()
+@click.argument("instance")
+@click.option("--wait", is_flag=True, help="Return when it holds nothing any more. Default: when the drain has begun.")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(0), default=None, help="Seconds to wait at most; the drain goes on after that."
+)
+@click.option(
+    "--grace", "grace_s", type=click.FloatRange(0, 3600), default=None, help="Seconds running work may take. Default: its drain_grace_s."
+)
+@click.option("--force", is_flag=True, help="Also if requests fail without it.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: one object per line.")
+@click.option("--etcd", default="", help="Look there instead of at the Baton that runs here.")
+@_folder
+def drain(
+    instance: str,
+    wait: bool,
+    timeout_s: float | None,
+    grace_s: float | None,
+    force: bool,
+    as_json: bool,
+    etcd: str,
+    state_dir: Path | None,
+) -> None:
+    """Let INSTANCE (its id, or the beginning of it) finish its work and end, as SIGTERM does.
+
+    \b
+    Exit codes: 0 drained (without --wait: begun), 1 not begun, 3 cut off with work left,
+    4 it died meanwhile, 5 not over within --timeout.
+    """
+    if not etcd:
+        etcd = state.require((state_dir or state.default_folder()).resolve()).etcd
+    command = drain_command.run(
+        etcd, up_command.NAMESPACE, instance, wait=wait, timeout_s=timeout_s, grace_s=grace_s, force=force, as_json=as_json
+    )
+    sys.exit(asyncio.run(command))
 
 
 @main.command()

@@ -200,7 +200,7 @@ async def _bring_up(options: Options, supervisor: Supervisor, etcd: str, console
                     if (instance := _find(view, child)) is not None:
                         del waiting[name]
                         url = f"http://{instance.http_address}" if instance.http_address else url
-                        console.print(f"  [green]✓[/] {name:<11} {instance.grpc_address or instance.http_address}", highlight=False)
+                        console.print(f"  [green]✓[/] {name:<11} {instance.http_address or instance.grpc_address}", highlight=False)
                     elif not child.is_running:
                         raise click.ClickException(
                             f"{name} did not start ({child.exit_text()}); the end of {child.log}:\n{child.last_lines()}"

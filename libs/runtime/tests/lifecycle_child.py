@@ -9,6 +9,7 @@ import time
 from typing import ClassVar
 
 from baton_runtime.config import CommonConfig, load
+from baton_runtime.instance_service import serve_instance
 from baton_runtime.lifecycle import Service, run
 from baton_runtime.rpc import GrpcServer
 
@@ -29,6 +30,7 @@ class ChildService(Service):
             say("starting")
             await asyncio.Event().wait()
         server = GrpcServer(self.config.listen)
+        serve_instance(self, server)
         address = await server.start()
         self.closing.push_async_callback(server.close)
         self.closing.callback(say, "closed-last-started")
@@ -37,7 +39,7 @@ class ChildService(Service):
         if MODE == "config-error-in-start":
             await GrpcServer(address).start()
         self.log_ready(grpc_address=address)
-        say("ready")
+        say(f"ready {address}" if MODE.startswith("called") else "ready")
 
     async def drain(self) -> None:
         if MODE == "tells-interpreter":
@@ -45,7 +47,7 @@ class ChildService(Service):
         if MODE == "tells-open-files":
             say(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         say("draining")
-        if MODE == "drain-hangs":
+        if MODE in ("drain-hangs", "called-drain-hangs"):
             await asyncio.Event().wait()
         say("drained")
 

@@ -9,10 +9,15 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from baton_contracts.instance.v1 import instance_service_pb2 as pb
+from baton_contracts.instance.v1 import instance_service_pb2_grpc as pb_grpc
 from baton_runtime.lifecycle import LoopStallWatch, new_incarnation
+from baton_runtime.rpc import open_channel
 from baton_runtime.testing import wait_until
+from google.protobuf.duration_pb2 import Duration
 
 SCRIPT = Path(__file__).with_name("lifecycle_child.py")
 
@@ -95,6 +100,68 @@ async def test_drain_is_bounded_by_the_grace() -> None:
         service.process.send_signal(signal.SIGTERM)
         await service.says("draining")
         await service.says("closed-last-started")
+        await service.ends(0)
+
+
+async def drain_call(stack: contextlib.AsyncExitStack, service: Child, grace_s: int | None = None) -> Any:
+    """A call of Drain to a child that was started in a mode "called...", once it has begun."""
+    assert service.process.stdout is not None
+    word, address = (await service.process.stdout.readline()).decode().split()
+    assert word == "ready"
+    channel = await stack.enter_async_context(open_channel(address))
+    request = pb.DrainRequest() if grace_s is None else pb.DrainRequest(grace=Duration(seconds=grace_s))
+    call = pb_grpc.InstanceServiceStub(channel).Drain(request, timeout=15)
+    await call.read()
+    return call
+
+
+async def test_a_call_of_drain_ends_the_process_and_hears_the_end_first() -> None:
+    async with child("called") as service, contextlib.AsyncExitStack() as stack:
+        assert service.process.stdout is not None
+        _, address = (await service.process.stdout.readline()).decode().split()
+        channel = await stack.enter_async_context(open_channel(address))
+        call = pb_grpc.InstanceServiceStub(channel).Drain(pb.DrainRequest(), timeout=15)
+        phases = []
+        while isinstance(message := await call.read(), pb.DrainResponse):
+            phases.append(message.phase)
+            if message.phase != pb.DRAIN_PHASE_DRAINING:
+                break
+        assert phases[-1] == pb.DRAIN_PHASE_DRAINED
+        for word in ("draining", "drained", "closed-last-started", "closed-first-started"):
+            await service.says(word)
+        await service.ends(0)
+
+
+async def test_the_first_signal_after_a_call_is_no_second_one_but_shortens_the_grace() -> None:
+    """Supervisors send SIGTERM to whom they drained: it must not cut off what is being finished."""
+    async with child("called-drain-hangs", BATON_DECODE_DRAIN_GRACE_S="1") as service, contextlib.AsyncExitStack() as stack:
+        call = await drain_call(stack, service, grace_s=3600)
+        await service.says("draining")
+        service.process.send_signal(signal.SIGTERM)
+        last = pb.DrainResponse()
+        while last.phase != pb.DRAIN_PHASE_CUT_OFF:
+            last = await call.read()
+        assert last.elapsed.ToMilliseconds() >= 1000  # the grace from the signal on, not at once and not the hour of the call
+        await service.says("closed-last-started")
+        await service.ends(0)
+
+
+async def test_the_second_signal_after_a_call_closes_at_once() -> None:
+    async with child("called-drain-hangs", BATON_DECODE_DRAIN_GRACE_S="3600") as service, contextlib.AsyncExitStack() as stack:
+        await drain_call(stack, service)
+        await service.says("draining")
+        service.process.send_signal(signal.SIGTERM)
+        service.process.send_signal(signal.SIGINT)
+        await service.says("closed-last-started")
+        await service.ends(0)
+
+
+async def test_a_caller_that_leaves_does_not_stop_the_drain() -> None:
+    async with child("called-drain-hangs", BATON_DECODE_DRAIN_GRACE_S="1") as service, contextlib.AsyncExitStack() as stack:
+        (await drain_call(stack, service)).cancel()
+        await stack.aclose()
+        for word in ("draining", "closed-last-started", "closed-first-started"):
+            await service.says(word)
         await service.ends(0)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import SequenceKey
+from baton_runtime.drain import Drain, Holdings
 from baton_runtime.testing import wait_until
 from baton_worker.cache_feed import apply_message
 from baton_worker.testing import FrontendModel, start_message
@@ -142,13 +143,14 @@ async def test_status_is_sound_and_counts_what_lives(house: House) -> None:
         assert (status.integrity_error, status.live_sequences, status.load.running_sequences) == ("", 1, 1)
         assert status.load.blocks.used > 0
         assert not status.safe_to_stop
+        assert house.core.state.holdings() == Holdings(running=1)
 
 
 async def test_drain_refuses_new_work_finishes_the_rest_and_is_safe(house: House) -> None:
     model = FrontendModel()
     async with house.attached(model, whole(0, "a", max_tokens=100)) as frontend, asyncio.TaskGroup() as tasks:
         await wait_until(lambda: frontend.num_tokens("a") > 0)
-        draining = tasks.create_task(house.core.drain(10.0))
+        draining = tasks.create_task(house.core.drain(lambda: 10.0))
         await wait_until(lambda: house.core.dispatcher.is_draining)
         await frontend.start(whole(1, "b"))
         await draining
@@ -159,9 +161,15 @@ async def test_drain_refuses_new_work_finishes_the_rest_and_is_safe(house: House
 
 async def test_drain_hands_back_what_does_not_end_in_time(house: House) -> None:
     model = FrontendModel()
-    async with house.attached(model, whole(0, "a", max_tokens=4000)) as frontend:
+    async with house.attached(model, whole(0, "a", max_tokens=4000)) as frontend, asyncio.TaskGroup() as tasks:
         await wait_until(lambda: frontend.num_tokens("a") > 0)
-        await house.core.drain(0.5)
+        drain = Drain(60.0)
+        drain.ask()
+        draining = tasks.create_task(house.core.drain(lambda: drain.remaining_s))
+        await wait_until(lambda: house.core.dispatcher.is_draining)
+        assert frontend.reason("a") is None
+        drain.ask(0.5)  # whoever asks again does not wait as long
+        await draining
     assert frontend.reason("a") == pb.FINISH_REASON_PREEMPTED
     assert frontend.num_tokens("a") > 10
     assert house.is_empty
@@ -170,10 +178,11 @@ async def test_drain_hands_back_what_does_not_end_in_time(house: House) -> None:
 async def test_drain_waits_for_blocks_that_are_still_pinned(house: House) -> None:
     house.handoffs.num_held_blocks = 3
     async with asyncio.TaskGroup() as tasks:
-        draining = tasks.create_task(house.core.drain(10.0))
+        draining = tasks.create_task(house.core.drain(lambda: 10.0))
         await wait_until(lambda: house.core.dispatcher.is_draining)
         assert not (await house.stub.GetStatus(pb.GetStatusRequest(), timeout=2.0)).safe_to_stop
         assert not draining.done()
+        assert house.core.state.holdings() == Holdings(live_handoffs=house.handoffs.live_handoffs())
         house.handoffs.num_held_blocks = 0
 
 

@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from baton_frontend import connections
 from baton_frontend.connections import ConnectionLimits
+from baton_runtime.testing import wait_until
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 LARGE = b"x" * (16 << 20)  # more than the kernel's buffers take
@@ -137,3 +139,27 @@ async def test_waiting_for_idle_waits_for_the_last_byte_of_an_answer(serve: Serv
             await reader.readexactly(len(LARGE) // 2)
             assert not idle.done()
             await reader.readexactly(len(LARGE) - len(LARGE) // 2)
+
+
+async def test_a_client_that_has_just_connected_is_heard_by_a_server_that_stops(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first request may be under way already."""
+    monkeypatch.setattr(connections, "FIRST_REQUEST_S", 3.0)
+    async with serve() as served, connect(served.address) as (reader, writer), asyncio.TaskGroup() as tasks:
+        await wait_until(lambda: served.server._connections())
+        await served.server.stop_listening()
+        idle = tasks.create_task(served.server.wait_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+        writer.write(GET)
+        assert (await answer(reader))[0] == 200
+        await idle
+
+
+async def test_a_client_that_connects_and_says_nothing_keeps_a_server_that_stops_only_for_a_moment(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "FIRST_REQUEST_S", 0.05)
+    async with serve() as served, connect(served.address):
+        await wait_until(lambda: served.server._connections())
+        await served.server.stop_listening()
+        await served.server.wait_idle()

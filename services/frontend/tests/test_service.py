@@ -8,6 +8,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from baton_contracts.discovery.v1 import instance_pb2 as pb
+from baton_contracts.instance.v1.instance_service_pb2 import DRAIN_PHASE_DRAINED, DRAIN_PHASE_DRAINING, DrainRequest, Holdings
+from baton_contracts.instance.v1.instance_service_pb2_grpc import InstanceServiceStub
 from baton_frontend.config import FrontendConfig
 from baton_frontend.service import FrontendService
 from baton_frontend.testing_models import byte_level_tokenizer, write_model
@@ -15,6 +17,9 @@ from baton_frontend.testing_workers import FakeWorker, expected_output
 from baton_runtime.config import load
 from baton_runtime.discovery import InMemoryDiscovery
 from baton_runtime.errors import ConfigError
+from baton_runtime.rpc import open_channel
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 
 class Process:
@@ -110,6 +115,28 @@ async def test_drain_leaves_discovery_finishes_and_refuses(worker: FakeWorker) -
         assert all(process.view.is_gone(record) for record in process.view.instances.values())
         with pytest.raises(aiohttp.ClientConnectorError):
             await complete(process)
+
+
+async def test_its_grpc_server_tells_health_and_what_a_drain_waits_for(worker: FakeWorker) -> None:
+    async with Process(config()) as process, asyncio.TaskGroup() as tasks:
+        process.discovery.put(worker.instance)
+        (record,) = process.view.instances.values()
+        worker.step_s = 0.05  # 2 s for what follows up to the first message
+        running = tasks.create_task(complete(process, max_tokens=40))
+        await worker.until(lambda: bool(worker.starts))
+        async with open_channel(record.grpc_address) as channel:
+            health = HealthStub(channel)
+            assert (await health.Check(HealthCheckRequest(), timeout=10)).status == HealthCheckResponse.SERVING
+            call = InstanceServiceStub(channel).Drain(DrainRequest(incarnation=record.incarnation), timeout=15)
+            progress = await call.read()
+            assert (progress.phase, progress.holdings.running) == (DRAIN_PHASE_DRAINING, 1)
+            await process.service.drain()
+            assert (await health.Check(HealthCheckRequest(), timeout=10)).status == HealthCheckResponse.NOT_SERVING
+            process.service.drain_state.end(is_complete=True)
+            while progress.phase == DRAIN_PHASE_DRAINING:
+                progress = await call.read()
+            assert (progress.phase, progress.holdings) == (DRAIN_PHASE_DRAINED, Holdings())
+        assert (await running)[0] == 200
 
 
 async def test_close_with_a_request_in_flight_ends_it_with_an_error(worker: FakeWorker) -> None:

@@ -48,7 +48,7 @@ class CommonConfig:
     log_format: "auto" is console on a terminal and json elsewhere.
     log_level: least severe level that is written.
     zone: failure or network zone of the instance; empty: none.
-    drain_grace_s: how long SIGTERM lets running work go on, in seconds.
+    drain_grace_s: how long SIGTERM (or a call of Drain that names no time) lets running work go on, in seconds.
     """
 
     instance_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,128}$")] = ""

@@ -3,8 +3,9 @@
     def main() -> None:
         run(lambda: DecodeService(load(DecodeConfig, "decode", config_file("decode"))))
 
-SIGTERM or SIGINT: drain (at most drain_grace_s), then close. A second one ends the drain and closes at once. Exit codes: 0 stopped as
-asked, 1 failed, 2 the configuration is wrong (one line on stderr).
+SIGTERM, SIGINT or the call InstanceService.Drain: drain (at most drain_grace_s, or what the call says), then close. A second signal ends
+the drain and closes at once; the first one during a drain that a call began does not, for supervisors send it to whom they drained.
+Exit codes: 0 stopped as asked, 1 failed, 2 the configuration is wrong (one line on stderr).
 """
 
 import abc
@@ -24,11 +25,14 @@ from typing import ClassVar, NoReturn
 import uvloop
 
 from baton_runtime.config import CommonConfig, effective
+from baton_runtime.drain import Drain, Holdings
 from baton_runtime.errors import ConfigError
 from baton_runtime.log import configure_logging, get_logger
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 CLOSE_LIMIT_S = 4.0
+# How long callers of Drain may take to hear of its end, and what their last message gets to leave the process.
+TELL_LIMIT_S, LAST_MESSAGE_S = 1.0, 0.05
 STALL_TICK_S = 0.1
 # How long a thread may keep the interpreter while another waits for it: an engine's thread between two native calls keeps the loop
 # waiting for so long, with Python's default 5 ms.
@@ -59,6 +63,7 @@ class Service(abc.ABC):
         self.config = config
         self.incarnation = new_incarnation()
         self.instance_id = config.instance_id or f"{self.name}-{self.incarnation[:6]}"
+        self.drain_state = Drain(config.drain_grace_s)
         self.closing = contextlib.AsyncExitStack()
         self.tasks = asyncio.TaskGroup()
 
@@ -67,7 +72,14 @@ class Service(abc.ABC):
         """Return once the service serves. Last steps: `log_ready`, then register in discovery."""
 
     async def drain(self) -> None:  # noqa: B027  # nothing to do is a valid answer
-        """Leave discovery, refuse new work, return when what runs is over. May be cancelled at any await."""
+        """Leave discovery, refuse new work, return when what runs is over. May be cancelled at any await.
+
+        `drain_state.remaining_s` is what is left of the grace; it may shrink at any time.
+        """
+
+    def holdings(self) -> Holdings:
+        """What keeps a drain from its end; may be asked at any time, also before anything was started."""
+        return Holdings()
 
     async def close(self) -> None:
         """End every component, in reverse order of their start. Idempotent."""
@@ -136,15 +148,18 @@ def _config_failed(error: ConfigError, prefix: str = "") -> int:
 
 
 class _Life:
-    """One service between its signals. Each phase waits in an asyncio.timeout that a signal moves to now."""
+    """One service from start to close. Each phase waits in an asyncio.timeout that a signal or a call of Drain moves."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._signals = 0
+        self._drain = service.drain_state
+        self._is_draining = False
         self._phase: asyncio.Timeout | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
+        self._drain.on_ask = self._on_ask
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         try:
@@ -152,6 +167,7 @@ class _Life:
                 try:
                     await self._start_and_wait()
                 finally:
+                    self._drain.end(is_complete=False)  # failed on the way
                     await self._close()
                 self._service.tasks.create_task(_end_of_tasks(), name="end-of-tasks")
         except* _TasksEnded:
@@ -162,19 +178,35 @@ class _Life:
         return EXIT_OK
 
     async def _start_and_wait(self) -> None:
-        if not await self._until_signal(1, self._service.start()):
-            return
-        _freeze()
-        await self._until_signal(1, asyncio.Event().wait())
-        log.info("service_draining", grace_s=self._service.config.drain_grace_s)
-        began = time.monotonic()
-        is_complete = await self._until_signal(2, self._service.drain(), self._service.config.drain_grace_s)
-        log.info("service_drained", complete=is_complete, duration_s=round(time.monotonic() - began, 3))
+        if await self._until_asked(self._service.start()):
+            _freeze()
+            await self._until_asked(asyncio.Event().wait())
+            log.info("service_draining", grace_s=round(self._drain.remaining_s, 3))
+            is_complete = await self._until_end(self._service.drain())
+            log.info("service_drained", complete=is_complete, duration_s=round(self._drain.elapsed_s, 3))
+        else:
+            is_complete = True  # it never served
+        self._drain.end(is_complete=is_complete)
+        self._is_draining = False
+        await self._within(TELL_LIMIT_S, self._tell(), is_ended=self._signals > 1)
 
-    async def _until_signal(self, count: int, phase: Awaitable[object], limit_s: float | None = None) -> bool:
-        """Run a phase until it is done (True), or the count-th signal or the limit ends it (False)."""
-        # A signal that came as the phase before was ending has found no scope to move.
-        scope = self._phase = asyncio.timeout(0 if self._signals >= count else limit_s)
+    async def _tell(self) -> None:
+        """Callers of Drain hear its end before the server closes."""
+        if await self._drain.heard():
+            await asyncio.sleep(LAST_MESSAGE_S)
+
+    async def _until_asked(self, phase: Awaitable[object]) -> bool:
+        """Run a phase until it is done (True), or a drain is asked for."""
+        return await self._within(None, phase, is_ended=self._drain.is_asked)
+
+    async def _until_end(self, drain: Awaitable[object]) -> bool:
+        """Run the drain until it is done (True), or its grace or a second signal ends it."""
+        self._is_draining = True
+        return await self._within(self._drain.remaining_s, drain, is_ended=self._signals > 1)
+
+    async def _within(self, limit_s: float | None, phase: Awaitable[object], *, is_ended: bool) -> bool:
+        # is_ended: what came as the phase before was ending has found no scope to move.
+        scope = self._phase = asyncio.timeout(0 if is_ended else limit_s)
         try:
             async with scope:
                 await phase
@@ -189,8 +221,17 @@ class _Life:
     def _on_signal(self, number: int) -> None:
         self._signals += 1
         log.info("signal_received", signal=signal.Signals(number).name, count=self._signals)
+        if self._signals == 1:
+            self._drain.ask()
+        else:
+            self._end_phase_in(0.0)
+
+    def _on_ask(self) -> None:
+        self._end_phase_in(self._drain.remaining_s if self._is_draining else 0.0)
+
+    def _end_phase_in(self, delay_s: float) -> None:
         if self._phase is not None and not self._phase.expired():
-            self._phase.reschedule(asyncio.get_running_loop().time())
+            self._phase.reschedule(asyncio.get_running_loop().time() + delay_s)
 
     async def _close(self) -> None:
         try:

@@ -104,17 +104,18 @@ class WorkerCore:
             self.feed.collect()
             await asyncio.sleep(TICK_S)
 
-    async def drain(self, grace_s: float) -> None:
+    async def drain(self, remaining_s: Callable[[], float]) -> None:
         """Refuse new work and return when everything is over and nothing is pinned or reserved.
 
-        What still runs shortly before grace_s is handed back: its frontend goes on elsewhere with the tokens so far.
+        remaining_s: what is left of the grace, which may be shortened meanwhile. What still runs shortly before its end is handed back:
+        its frontend goes on elsewhere with the tokens so far.
         """
         self.dispatcher.set_draining()
         self._handoffs.set_draining()
-        hand_back_at = self._clock() + max(grace_s / 2, grace_s - HAND_BACK_S)
+        hand_back_s = min(remaining_s() / 2, HAND_BACK_S)
         is_handed_back = False
         while not self._is_over():
-            if not is_handed_back and self._clock() >= hand_back_at:
+            if not is_handed_back and remaining_s() <= hand_back_s:
                 is_handed_back = True
                 log.info("handing_back", num_sequences=self.dispatcher.num_live)
                 self.dispatcher.hand_back_all()

@@ -5,6 +5,7 @@ from typing import Protocol
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import Engine, EngineBeat
 from baton_engine.errors import IntegrityError
+from baton_runtime.drain import Holdings
 
 from baton_worker.dispatch import Dispatcher
 
@@ -64,6 +65,11 @@ class WorkerState:
     def is_safe_to_stop(self) -> bool:
         """Draining, and nothing runs, is pinned or reserved."""
         return self._dispatcher.is_draining and self._dispatcher.num_live == 0 and self._handoffs.safe_to_stop()
+
+    def holdings(self) -> Holdings:
+        """What keeps a drain from its end."""
+        counts = self._engine.blocks.counts()
+        return Holdings(self._dispatcher.num_live, self._handoffs.live_handoffs(), counts.pinned, counts.reserved)
 
     def status(self, integrity_error: str) -> pb.GetStatusResponse:
         """For people and tests."""

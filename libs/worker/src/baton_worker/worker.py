@@ -15,7 +15,9 @@ from baton_handoff.config import HandoffConfig
 from baton_handoff.manager import HandoffManager
 from baton_handoff.transports import Transport, TransportUnavailable
 from baton_runtime.discovery import Discovery, Registration
+from baton_runtime.drain import Holdings
 from baton_runtime.errors import ConfigError
+from baton_runtime.instance_service import serve_instance
 from baton_runtime.lifecycle import Service
 from baton_runtime.log import get_logger
 from baton_runtime.metrics import MetricsServer
@@ -102,6 +104,7 @@ class Worker(Service, abc.ABC):
         )
         worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(core.servicer, server.server)
         handoff_service_pb2_grpc.add_HandoffServiceServicer_to_server(handoffs.servicer, server.server)
+        serve_instance(self, server)
         grpc_address = await server.start()
         self.closing.push_async_callback(server.close, SERVER_GRACE_S)  # 4
         self._record = instance_record(
@@ -131,8 +134,12 @@ class Worker(Service, abc.ABC):
         self._record.draining = True
         self._registration.update(self._record)
         self._server.set_serving(False)
-        await self._core.drain(self.config.drain_grace_s)
+        await self._core.drain(lambda: self.drain_state.remaining_s)
         await self._registration.revoke()
+
+    def holdings(self) -> Holdings:
+        """What is running, pinned and reserved."""
+        return self._core.state.holdings() if self._core is not None else Holdings()
 
     def _open_telemetry(self) -> Telemetry:
         config = self.config

@@ -11,7 +11,7 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=3600.0)]
 
 @dataclass(frozen=True)
 class FrontendConfig(CommonConfig):
-    """What the frontend can be told beside the common settings. It serves no gRPC: `listen` is not used.
+    """What the frontend can be told beside the common settings. Its gRPC server (`listen`) is for operators: health and drain.
 
     http_listen: host:port of the OpenAI-compatible server; port 0: any free one.
     http_reuse_port: several frontends share the port; the kernel spreads connections.

@@ -14,6 +14,9 @@ from baton_runtime.log import get_logger
 from baton_frontend.openai_errors import ApiError
 from baton_frontend.openai_http import error_response
 
+# How long a process that stops waits for the first request of a client that has just connected: it may have been sent already.
+FIRST_REQUEST_S = 0.5
+
 log = get_logger(__name__)
 
 
@@ -49,9 +52,13 @@ class Connection(web.RequestHandler):
 
     @property
     def is_busy(self) -> bool:
-        """A request is under way, or a part of its answer has not left this process."""
+        """A request is under way or about to be (a client that has just connected), or a part of its answer has not left this process."""
         if self.transport is None:
             return False
+        if self._head_timer is not None:
+            waited_s = self._loop.time() - (self._head_timer.when() - self._limits.head_timeout_s)
+            if waited_s < FIRST_REQUEST_S:
+                return True
         is_waiting = self._waiter is not None and not self._waiter.done()
         return not is_waiting or self.transport.get_write_buffer_size() > 0
 

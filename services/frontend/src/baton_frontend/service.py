@@ -8,10 +8,12 @@ from importlib.metadata import version
 
 from baton_contracts.discovery.v1 import instance_pb2
 from baton_runtime.discovery import Discovery, DiscoveryClient, Registration, View
+from baton_runtime.drain import Holdings
 from baton_runtime.errors import ConfigError
+from baton_runtime.instance_service import serve_instance
 from baton_runtime.lifecycle import LoopStallWatch, Service
 from baton_runtime.metrics import MetricsServer
-from baton_runtime.rpc import advertised_address, split_address
+from baton_runtime.rpc import GrpcServer, advertised_address, split_address
 from baton_runtime.telemetry import Telemetry, configure_telemetry
 from prometheus_client import generate_latest
 
@@ -48,10 +50,11 @@ class FrontendService(Service):
         self._view: View | None = None
         self._registration: Registration | None = None
         self._http: HttpServer | None = None
+        self._server: GrpcServer | None = None
         self._manager: RequestManager | None = None
 
     async def start(self) -> None:
-        """Order: telemetry, metrics, discovery, streams, requests, HTTP. Serves when it returns, also while etcd is down."""
+        """Order: telemetry, metrics, discovery, streams, requests, HTTP, gRPC. Serves when it returns, also while etcd is down."""
         config = self.config
         telemetry = configure_telemetry(
             self.name, version("baton-frontend"), self.instance_id, self.incarnation, config.otlp_endpoint, config.trace_sample_ratio
@@ -66,17 +69,24 @@ class FrontendService(Service):
         admission = Admission(_admission_limits(config), metrics.on_admission_refused)
         metrics.watch(admission, metrics_server.registry)
         self._manager = manager = self._start_requests(telemetry, metrics, admission)
+        # Before it listens: on a shared port the kernel gives it connections at once.
+        if self._view is not None:
+            await self._view.synced(FIRST_LIST_S)
         self._http = await self._start_http(manager, telemetry, metrics, lambda: generate_latest(metrics_server.registry))
         # Last in, first out: requests end with an answer before the sockets close.
         self.closing.push_async_callback(self._end_requests, manager)
-        if self._view is not None:
-            await self._view.synced(FIRST_LIST_S)
         tune_gc()
-        self.log_ready(http_address=self.http_address, metrics_address=metrics_address)
-        self._registration = await self._discovery.register(self._record(metrics_address))
+        server = self._server = GrpcServer(config.listen, config.advertise)
+        serve_instance(self, server)
+        self.closing.push_async_callback(server.close)
+        grpc_address = await server.start()
+        self.log_ready(grpc_address=grpc_address, http_address=self.http_address, metrics_address=metrics_address)
+        self._registration = await self._discovery.register(self._record(grpc_address, metrics_address))
 
     async def drain(self) -> None:
         """Leave discovery, refuse new work, wait until what came before is answered and the answers have left."""
+        if self._server is not None:
+            self._server.set_serving(False)
         if self._registration is not None:
             await self._registration.revoke()
         if self._manager is None:
@@ -87,6 +97,10 @@ class FrontendService(Service):
             await self._http.wait_idle()
         self._manager.set_draining()
         await self._manager.wait_idle()
+
+    def holdings(self) -> Holdings:
+        """Requests that are not answered yet."""
+        return Holdings(running=self._manager.num_inflight) if self._manager is not None else Holdings()
 
     def _start_requests(self, telemetry: Telemetry, metrics: FrontendMetrics, admission: Admission) -> RequestManager:
         workers = Workers(Identity(self.instance_id, self.incarnation), time.monotonic)
@@ -168,13 +182,14 @@ class FrontendService(Service):
         manager.abort_all()
         await manager.workers.flush(FLUSH_S)
 
-    def _record(self, metrics_address: str) -> instance_pb2.Instance:
+    def _record(self, grpc_address: str, metrics_address: str) -> instance_pb2.Instance:
         return instance_pb2.Instance(
             service=instance_pb2.SERVICE_FRONTEND,
             instance_id=self.instance_id,
             incarnation=self.incarnation,
             version=version("baton-frontend"),
             contracts_version=version("baton-contracts"),
+            grpc_address=grpc_address,
             http_address=self.http_address,
             metrics_address=metrics_address,
             pid=os.getpid(),

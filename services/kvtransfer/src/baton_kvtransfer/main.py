@@ -7,6 +7,7 @@ from baton_contracts.discovery.v1 import instance_pb2 as discovery
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2_grpc as pb_grpc
 from baton_runtime.config import config_file, load
 from baton_runtime.discovery import Discovery, Registration, View, instance_key
+from baton_runtime.instance_service import serve_instance
 from baton_runtime.lifecycle import Service, run
 from baton_runtime.metrics import MetricsServer
 from baton_runtime.rpc import GrpcServer
@@ -48,6 +49,7 @@ class KvTransferService(Service):
         self._servicer = KvTransferServicer(c, broker)
         server = GrpcServer(c.listen, c.advertise)
         pb_grpc.add_KvTransferServiceServicer_to_server(self._servicer, server.server)
+        serve_instance(self, server)
         address = await server.start()
         self.closing.push_async_callback(server.close)  # 2
         self.closing.callback(self._servicer.drain)  # 1: first, streams do not end by themselves

@@ -7,6 +7,7 @@ from baton_contracts.discovery.v1 import instance_pb2 as discovery
 from baton_contracts.router.v1 import router_service_pb2_grpc as pb_grpc
 from baton_runtime.config import config_file, load
 from baton_runtime.discovery import Discovery, Registration
+from baton_runtime.instance_service import serve_instance
 from baton_runtime.lifecycle import Service, run
 from baton_runtime.metrics import MetricsServer
 from baton_runtime.rpc import GrpcServer
@@ -49,6 +50,7 @@ class RouterService(Service):
         server = GrpcServer(c.listen, c.advertise)
         servicer = RouterServicer(Placer(c, fleet, index), fleet, telemetry, RouterMetrics(metrics_server.registry, fleet, index))
         pb_grpc.add_RouterServiceServicer_to_server(servicer, server.server)
+        serve_instance(self, server)
         self.closing.push_async_callback(server.close)  # 1: first, nobody may ask any more
         address = await server.start()
         self.log_ready(grpc_address=address, metrics_address=metrics_address)
