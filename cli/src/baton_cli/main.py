@@ -254,7 +254,7 @@ def chat(message: str | None, url: str, model: str, max_tokens: int | None, temp
 @click.option(
     "--hosts",
     default="",
-    help="Names and addresses, besides loopback, at which they are dialed (needed for etcd): a.example,10.0.0.5. --renew keeps those there are.",
+    help="Where they are dialed, besides loopback (needed for etcd): a.example,10.0.0.5. --renew keeps those there are.",
 )
 @click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True, help="How long the certificates are good for.")
 @click.option("--renew", "step", flag_value="renew", default=None, help="New certificates and keys for the services that are there.")

@@ -68,7 +68,7 @@ class WatchEnded(BatonError):
 
 
 def parse_endpoints(endpoints: str) -> list[str]:
-    """["host:port", ...] of a comma-separated list; http:// or https:// before one is dropped (TLS settings decide). Raises: ConfigError."""
+    """["host:port", ...] of a comma-separated list; http:// and https:// are dropped (TLS settings decide). Raises: ConfigError."""
     found = [part.strip().removeprefix("http://").removeprefix("https://").rstrip("/") for part in endpoints.split(",") if part.strip()]
     if not found:
         raise ConfigError("etcd", "names no endpoint")
