@@ -223,8 +223,7 @@ def drain(
     Exit codes: 0 drained (without --wait: begun), 1 not begun, 3 cut off with work left,
     4 it died meanwhile, 5 not over within --timeout.
     """
-    if not etcd:
-        etcd = state.require((state_dir or state.default_folder()).resolve()).etcd
+    etcd = etcd or _etcd_here(state_dir)
     command = drain_command.run(
         etcd, up_command.NAMESPACE, instance, wait=wait, timeout_s=timeout_s, grace_s=grace_s, force=force, as_json=as_json
     )

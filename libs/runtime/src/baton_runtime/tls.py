@@ -131,7 +131,11 @@ class Identity:
             served = m
             return configuration(m)
 
-        return grpc.dynamic_ssl_server_credentials(configuration(served), fetch, require_client_authentication=True)
+        return grpc.dynamic_ssl_server_credentials(
+            configuration(served),
+            fetch,  # type: ignore[arg-type]  # the stubs do not know that None means "as before"
+            require_client_authentication=True,
+        )
 
     def _take(self, stamp: object) -> None:
         try:
@@ -154,7 +158,7 @@ class Identity:
             log.warning("certificate_expires_soon", certificate=str(self._files.certificate), expires_in_s=round(left_s))
 
     def _stamp(self) -> object:
-        found = []
+        found: list[tuple[int, int, int] | None] = []
         for path in (self._files.ca, self._files.certificate, self._files.key):
             try:
                 status = path.stat()
