@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -23,6 +24,13 @@ pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).parents[2]
 ASK_LIMIT_S = 10.0
 BODY = {"model": "test-model", "prompt": list(range(10, 40)), "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def plain_again() -> Iterator[None]:
+    """Even if a cluster did not come up."""
+    yield
+    tls.use(None)
 
 
 async def ask(channel: grpc.aio.Channel, *, is_etcd: bool = False) -> None:
@@ -156,4 +164,3 @@ def test_nothing_but_the_one_place_makes_grpc_servers_and_channels() -> None:
     sources = [p for part in ("libs", "services", "cli", "proto") for p in (ROOT / part).rglob("src/**/*.py")]
     found = {str(p.relative_to(ROOT)) for p in sources if pattern.search(p.read_text()) and not p.name.startswith("testing")}
     assert found == {"libs/runtime/src/baton_runtime/tls.py"}
-    assert tls.identity() is None
