@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,7 +152,7 @@ async def again(house: Cluster, name: str) -> None:
 
 async def test_a_half_set_configuration_stops_the_start_and_names_the_field(tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
-        *("python", "-m", "baton_router.main"), env={**os.environ, "BATON_ROUTER_TLS_CA": "/x"}, stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "baton_router.main"), env={**os.environ, "BATON_ROUTER_TLS_CA": "/x"}, stderr=asyncio.subprocess.PIPE
     )
     _, stderr = await process.communicate()
     assert process.returncode == 2
