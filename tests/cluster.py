@@ -13,10 +13,13 @@ from typing import TypeVar
 
 import aiohttp
 from baton_cli import status, up
+from baton_cli.certificates import files_in
 from baton_cli.processes import Child
 from baton_contracts.discovery.v1 import instance_pb2 as pb
+from baton_runtime import tls
 from baton_runtime.discovery import Discovery, View
 from baton_runtime.testing import EtcdProcess
+from baton_runtime.tls import TlsFiles
 from hosts import Hosts
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -148,9 +151,9 @@ def roomy_model(folder: Path) -> Path:
     return folder
 
 
-async def _etcd(hosts: Hosts | None) -> EtcdProcess:
+async def _etcd(hosts: Hosts | None, files: TlsFiles | None) -> EtcdProcess:
     if hosts is None:
-        return EtcdProcess()
+        return EtcdProcess(tls=files)
     await hosts.add("etcd")
     return EtcdProcess(host=hosts.address("etcd"), prefix=hosts.command("etcd", []))
 
@@ -185,14 +188,19 @@ async def cluster(
     environment: Mapping[str, str] | None = None,
     hosts: Hosts | None = None,
     change: Callable[[str, list[str]], list[str]] = lambda name, command: command,
+    certificates: Path | None = None,
 ) -> AsyncIterator[Cluster]:
     """A running Baton; every process ends with the block, and its last lines are shown if it did not come up.
 
     hosts: put every process, etcd too, on a host of its own that has its name; clients and metrics go by the outside network.
     change: another command line for a process, from its name and the one it would have.
+    certificates: what `baton certificates` made; everything, and this process as long as the block lasts, speaks TLS with them.
     """
-    async with await _etcd(hosts) as etcd:
-        stack = ExitStack()
+    stack = ExitStack()
+    if certificates is not None:
+        stack.callback(tls.use, None)
+        tls.use(files_in(certificates, "cli"))
+    async with await _etcd(hosts, files_in(certificates, "etcd") if certificates is not None else None) as etcd:
         asked = up.Options(
             engine=engine,
             profile=profile,
@@ -207,6 +215,7 @@ async def cluster(
             folder=folder,
             ready_limit_s=READY_LIMIT_S,
             environment=dict(environment or {}),
+            tls=certificates,
         )
         options = stack.enter_context(up.reserved_port(asked))
         discovery = Discovery(etcd.endpoint, up.NAMESPACE)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 from baton_runtime.children import EtcdMissing, etcd_command, free_port
+from baton_runtime.tls import TlsFiles
 
 from baton_cli.processes import Child
 
 START_LIMIT_S = 15.0
 
 
-async def start(data: Path, log: Path) -> tuple[Child, str]:
+async def start(data: Path, log: Path, tls: TlsFiles | None) -> tuple[Child, str]:
     """Start etcd on a free loopback port and wait until it listens. Returns the child and its address host:port.
 
     The port stays the same when it is restarted: everybody looks for it there.
@@ -20,7 +21,7 @@ async def start(data: Path, log: Path) -> tuple[Child, str]:
     shutil.rmtree(data, ignore_errors=True)  # records live under leases: an older run's data has no value
     port = free_port()
     try:
-        child = Child("etcd", etcd_command(data, port), {}, log)
+        child = Child("etcd", etcd_command(data, port, tls=tls), {}, log)
     except EtcdMissing as error:
         raise click.ClickException(f"{error}; or name yours with --etcd HOST:PORT") from error
     await child.start()

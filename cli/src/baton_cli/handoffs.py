@@ -94,7 +94,7 @@ class Follower:
 
     async def _watch(self, instance: discovery_pb.Instance, *, is_once: bool = False) -> None:
         """One replica, until it ends the watch. Raises: AioRpcError; TimeoutError if it falls silent."""
-        async with open_channel(instance.grpc_address) as channel:
+        async with open_channel(instance.grpc_address, "kvtransfer") as channel:
             call = pb_grpc.KvTransferServiceStub(channel).WatchHandoffs(self.request)
             try:
                 limit_s = FIRST_LIMIT_S

@@ -11,9 +11,12 @@ from pathlib import Path
 import click
 import psutil
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
+from baton_runtime import tls
+from baton_runtime.errors import ConfigError
 from baton_runtime.log import configure_logging
 from rich.console import Console
 
+from baton_cli import certificates as certificates_command
 from baton_cli import chat as chat_command
 from baton_cli import drain as drain_command
 from baton_cli import handoffs as handoffs_command
@@ -36,6 +39,10 @@ _folder = click.option(
 def main() -> None:
     """Serve language models with prefill and decode in separate processes, and lose nothing on the way."""
     configure_logging("cli", "cli", "", level="error", fmt="console")  # the libraries' events are not for this terminal
+    try:
+        tls.use(tls.files_of("cli", *(os.environ.get(f"BATON_CLI_TLS_{name}", "") for name in ("CA", "CERTIFICATE", "KEY"))))
+    except ConfigError as error:
+        raise click.ClickException(error.message) from error
 
 
 @main.command()
@@ -57,6 +64,7 @@ def main() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address the HTTP server binds.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port of the HTTP server; 0: any free one.")
 @click.option("--etcd", default="", help="Endpoints of your own etcd, HOST:PORT[,HOST:PORT]. Default: an embedded one.")
+@click.option("--tls", "is_tls", is_flag=True, help="Mutual TLS between all processes and etcd, with certificates made on the spot.")
 @click.option("--otlp", default="", help="OTLP gRPC endpoint for traces, e.g. 127.0.0.1:4317 (Jaeger).")
 @click.option(
     "--trace-ratio", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of requests traced when --otlp is given."
@@ -79,6 +87,7 @@ def up(
     host: str,
     port: int,
     etcd: str,
+    is_tls: bool,
     otlp: str,
     trace_ratio: float,
     detach: bool,
@@ -86,6 +95,9 @@ def up(
     state_dir: Path | None,
 ) -> None:
     """Start etcd and the five services, watch over them, stop them on Ctrl-C."""
+    if is_tls and etcd:
+        raise click.ClickException("--tls makes certificates that your etcd does not know; leave --etcd out, or see docs/security.md")
+    state_folder = (state_dir or state.default_folder()).resolve()
     folder = (model or up_command.demo_model()).resolve()
     options = up_command.Options(
         engine=engine,
@@ -98,7 +110,8 @@ def up(
         otlp=otlp,
         sample_ratio=trace_ratio if otlp else 0.0,
         etcd=etcd,
-        folder=(state_dir or state.default_folder()).resolve(),
+        folder=state_folder,
+        tls=state_folder / "tls" if is_tls else None,
         ready_limit_s=ready_timeout,
     )
     up_command.check(options)
@@ -106,6 +119,14 @@ def up(
         _detach(options)
     else:
         asyncio.run(up_command.run(options, Console(stderr=True)))
+
+
+def _etcd_here(state_dir: Path | None) -> str:
+    """The etcd of the Baton that runs here, with whose certificates we speak from now on."""
+    running = state.require((state_dir or state.default_folder()).resolve())
+    if running.tls:
+        tls.use(certificates_command.files_in(Path(running.tls), "cli"))
+    return running.etcd
 
 
 def _detach(options: up_command.Options) -> None:
@@ -146,8 +167,7 @@ def down(state_dir: Path | None) -> None:
 @_folder
 def status(as_json: bool, etcd: str, state_dir: Path | None) -> None:
     """Show every instance, what it holds and what the books say."""
-    if not etcd:
-        etcd = state.require((state_dir or state.default_folder()).resolve()).etcd
+    etcd = etcd or _etcd_here(state_dir)
     report = asyncio.run(status_command.collect(etcd, up_command.NAMESPACE))
     click.echo(status_command.to_json(report) if as_json else status_command.to_text(report))
     if report.problems:
@@ -163,8 +183,7 @@ def status(as_json: bool, etcd: str, state_dir: Path | None) -> None:
 @_folder
 def handoffs(is_watch: bool | None, as_json: bool, instance: str, request_id: str, etcd: str, state_dir: Path | None) -> None:
     """Show every live handoff: pair, state, bytes, GB/s, age, transport and why."""
-    if not etcd:
-        etcd = state.require((state_dir or state.default_folder()).resolve()).etcd
+    etcd = etcd or _etcd_here(state_dir)
     if is_watch is None:
         is_watch = sys.stdout.isatty() and not as_json
     request = kv_pb.WatchHandoffsRequest(instance_id=instance, request_id=request_id)
@@ -204,8 +223,7 @@ def drain(
     Exit codes: 0 drained (without --wait: begun), 1 not begun, 3 cut off with work left,
     4 it died meanwhile, 5 not over within --timeout.
     """
-    if not etcd:
-        etcd = state.require((state_dir or state.default_folder()).resolve()).etcd
+    etcd = etcd or _etcd_here(state_dir)
     command = drain_command.run(
         etcd, up_command.NAMESPACE, instance, wait=wait, timeout_s=timeout_s, grace_s=grace_s, force=force, as_json=as_json
     )
@@ -224,6 +242,41 @@ def chat(message: str | None, url: str, model: str, max_tokens: int | None, temp
     if not url:
         url = state.require((state_dir or state.default_folder()).resolve()).url
     asyncio.run(chat_command.run(url.rstrip("/"), model, message, max_tokens, temperature))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--ca", type=click.Path(path_type=Path, file_okay=False), default=None, help="Folder of a CA (ca.pem, key.pem) to use. Default: DIR/ca"
+)
+@click.option("--services", default=",".join(certificates_command.NAMES), show_default=True, help="Whose certificates.")
+@click.option(
+    "--hosts",
+    default="",
+    help="Where they are dialed, besides loopback (needed for etcd): a.example,10.0.0.5. --renew keeps those there are.",
+)
+@click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True, help="How long the certificates are good for.")
+@click.option("--renew", "step", flag_value="renew", default=None, help="New certificates and keys for the services that are there.")
+@click.option("--new-ca", "step", flag_value="new-ca", help="Make a new CA, believed beside the old one. Then --renew.")
+@click.option("--drop-old-ca", "step", flag_value="drop-old-ca", help="Believe the newest CA alone.")
+def certificates(folder: Path, ca: Path | None, services: str, hosts: str, days: int, step: str | None) -> None:
+    """Make a CA and a certificate for each service in DIR, or renew them (docs/security.md). Overwrites nothing unless told to renew."""
+    names = [name.strip() for name in services.split(",") if name.strip()]
+    if strangers := set(names) - set(certificates_command.NAMES):
+        raise click.ClickException(f"--services: {', '.join(sorted(strangers))} not among {', '.join(certificates_command.NAMES)}")
+    if ca is not None and step in ("new-ca", "drop-old-ca"):
+        raise click.ClickException(f"--{step} is for the CA in DIR/ca")
+    named = [host.strip() for host in hosts.split(",") if host.strip()]
+    reached_at = [*certificates_command.LOOPBACK, *named]
+    if step == "new-ca":
+        certificates_command.new_ca(folder, names)
+    elif step == "drop-old-ca":
+        certificates_command.drop_old_ca(folder, names)
+    elif step == "renew":
+        certificates_command.renew(folder, ca, names, reached_at if named else (), days)
+    else:
+        certificates_command.make(folder, ca, names, reached_at, days)
+    click.echo(f"{folder}: {', '.join(names)}", err=True)
 
 
 main.add_command(bench)

@@ -22,6 +22,7 @@ class State(msgspec.Struct, frozen=True):
     url: str  # of the OpenAI-compatible server; empty until it is ready
     model: str  # served name
     ready: bool
+    tls: str = ""  # folder of its certificates; empty: without TLS
 
     def is_alive(self) -> bool:
         """Whether that very supervisor still runs."""

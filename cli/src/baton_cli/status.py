@@ -148,7 +148,7 @@ async def _ask_worker(instance: pb.Instance, report: InstanceReport) -> None:
 
 
 async def _ask_books(instance: pb.Instance, report: InstanceReport, links: dict[tuple[str, str], kv_pb.Link]) -> None:
-    async with open_channel(instance.grpc_address) as channel:
+    async with open_channel(instance.grpc_address, "kvtransfer") as channel:
         answer = await kv_grpc.KvTransferServiceStub(channel).GetBooks(kv_pb.GetBooksRequest(), timeout=ASK_LIMIT_S)
     report.mismatch_bytes = answer.mismatch_bytes
     report.live_handoffs_in_books = answer.live_handoffs

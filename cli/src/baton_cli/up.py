@@ -18,11 +18,12 @@ import aiohttp
 import click
 import psutil
 from baton_contracts.discovery.v1 import instance_pb2 as pb
+from baton_runtime import tls
 from baton_runtime.discovery import Discovery, View
 from baton_runtime.model_folder import ModelFolderError, inspect_model_folder
 from rich.console import Console
 
-from baton_cli import etcd_server, state
+from baton_cli import certificates, etcd_server, state
 from baton_cli.processes import Child, Supervisor, say
 
 STOP_LIMIT_S = 4.0  # Ctrl-C ends everything within 5 s; the rest is for etcd and the terminal
@@ -55,6 +56,7 @@ class Options:
     folder: Path
     ready_limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
+    tls: Path | None = None  # folder of certificates, as `baton certificates` lays it out
 
 
 def demo_model() -> Path:
@@ -115,6 +117,9 @@ def environment_of(options: Options, service: str, instance_id: str, etcd: str) 
         "drain_grace_s": str(STOP_LIMIT_S / 2),
         "log_format": "json",
     }
+    if options.tls is not None:
+        mine = certificates.files_in(options.tls, service)
+        settings |= {"tls_ca": str(mine.ca), "tls_certificate": str(mine.certificate), "tls_key": str(mine.key)}
     if service in ("prefill", "decode"):
         settings |= {"engine": options.engine, "model": str(options.model), "served_name": options.served_name, "torch_threads": "1"}
         if options.engine == "sim":
@@ -153,6 +158,10 @@ async def _run(options: Options, console: Console) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, supervisor.stopping.set)
     shutil.rmtree(options.folder / "logs", ignore_errors=True)
+    if options.tls is not None:
+        shutil.rmtree(options.tls, ignore_errors=True)
+        certificates.make(options.tls)
+        tls.use(certificates.files_in(options.tls, "cli"))
     try:
         etcd = options.etcd or await _start_etcd(options, supervisor, console)
         _write_state(options, etcd, url="", ready=False)
@@ -175,8 +184,9 @@ async def _run(options: Options, console: Console) -> None:
 
 
 async def _start_etcd(options: Options, supervisor: Supervisor, console: Console) -> str:
+    files = certificates.files_in(options.tls, "etcd") if options.tls is not None else None
     with console.status("starting etcd"):
-        child, address = await etcd_server.start(options.folder / "etcd", options.folder / "logs" / "etcd.log")
+        child, address = await etcd_server.start(options.folder / "etcd", options.folder / "logs" / "etcd.log", files)
     supervisor.children.append(child)
     console.print(f"  [green]✓[/] etcd        {address}", highlight=False)
     return address
@@ -249,7 +259,9 @@ def _find(view: View, child: Child) -> pb.Instance | None:
 
 def _write_state(options: Options, etcd: str, url: str, ready: bool) -> None:
     me = psutil.Process(os.getpid())
-    state.write(options.folder, state.State(me.pid, me.create_time(), etcd, NAMESPACE, url, options.served_name, ready))
+    state.write(
+        options.folder, state.State(me.pid, me.create_time(), etcd, NAMESPACE, url, options.served_name, ready, str(options.tls or ""))
+    )
 
 
 def print_next_steps(console: Console, url: str, options: Options) -> None:

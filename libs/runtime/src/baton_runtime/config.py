@@ -49,6 +49,9 @@ class CommonConfig:
     log_level: least severe level that is written.
     zone: failure or network zone of the instance; empty: none.
     drain_grace_s: how long SIGTERM (or a call of Drain that names no time) lets running work go on, in seconds.
+    tls_ca: PEM file of the CAs whose certificates are believed, for mutual TLS of all gRPC and of etcd; set all three or none.
+    tls_certificate: PEM file of this service's certificate.
+    tls_key: PEM file of its key, unencrypted.
     """
 
     instance_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,128}$")] = ""
@@ -63,6 +66,9 @@ class CommonConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     zone: str = ""
     drain_grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)] = 30.0
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from typing import ClassVar, NoReturn
 
 import uvloop
 
+from baton_runtime import tls
 from baton_runtime.config import CommonConfig, effective
 from baton_runtime.drain import Drain, Holdings
 from baton_runtime.errors import ConfigError
@@ -123,6 +124,10 @@ async def serve(service_factory: Callable[[], Service]) -> int:
     configure_logging(service.name, service.instance_id, service.incarnation, config.log_level, config.log_format)
     log.info("config_effective", config=effective(config))
     try:
+        _set_tls(service.name, config)
+    except ConfigError as e:
+        return _config_failed(e, f"{service.name}.")
+    try:
         return await _Life(service).run()
     except* ConfigError as group:
         return_code = _config_failed(_leaves(group)[0], f"{service.name}.")
@@ -130,6 +135,16 @@ async def serve(service_factory: Callable[[], Service]) -> int:
         log.error("service_failed", exc_info=group)
         return_code = EXIT_FAILED
     return return_code
+
+
+def _set_tls(name: str, config: CommonConfig) -> None:
+    """Raises: ConfigError."""
+    files = tls.files_of(name, config.tls_ca, config.tls_certificate, config.tls_key)
+    tls.use(files)
+    if files is None:
+        log.info("tls_off", meaning="gRPC and etcd are plain: whoever reaches a port may use it")
+    else:
+        log.info("tls_on", ca=str(files.ca), certificate=str(files.certificate))
 
 
 def _leaves(group: BaseExceptionGroup[ConfigError]) -> list[ConfigError]:

@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 
 from baton_runtime.errors import ConfigError
 from baton_runtime.rpc import advertised_address, split_address
+from baton_runtime.tls import add_expiry_metric
 
 REQUEST_LIMIT_S = 5.0
 CLOSE_LIMIT_S = 0.5
@@ -79,6 +80,7 @@ class MetricsServer:
             registry = CollectorRegistry()
             ProcessCollector(registry=registry)
             PlatformCollector(registry=registry)
+        add_expiry_metric(registry)
         self.registry = registry
         self._advertise = advertise
         self._server: asyncio.Server | None = None

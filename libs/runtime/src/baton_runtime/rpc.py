@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton_runtime import tls
 from baton_runtime.errors import ConfigError, ErrorInterceptor, HandlerRegistry
 from baton_runtime.log import get_logger
 
@@ -26,7 +27,7 @@ _KEEPALIVE = [
     # Without it a connection that swallows everything lives on for gRPC's own 60 s more (measured with 1.85).
     ("grpc.http2.ping_timeout_ms", 3_000),
 ]
-CHANNEL_OPTIONS = [
+CHANNEL_OPTIONS: list[tuple[str, object]] = [
     *_MESSAGES,
     *_KEEPALIVE,
     ("grpc.keepalive_permit_without_calls", 1),
@@ -53,9 +54,14 @@ SERVER_OPTIONS = [
 log = get_logger(__name__)
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to host:port; connects on first use. Close it with `await channel.close()`."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, service: str = "") -> grpc.aio.Channel:
+    """A channel to host:port; connects on first use. Close it with `await channel.close()`.
+
+    service: with TLS, who must answer there, e.g. "router"; empty: any service of ours. Make a new channel for a new connection: this
+    one shows the certificate of now for all of its life.
+    """
+    name = f"{service}.{tls.ANY_SERVICE}" if service else tls.ANY_SERVICE
+    return tls.channel(address, CHANNEL_OPTIONS, name)
 
 
 def split_address(address: str) -> tuple[str, int | None]:
@@ -186,10 +192,9 @@ class GrpcServer:
     def _bind(self) -> int:
         advertised_address(self._listen, 1, self._advertise)  # refuse a wildcard before anything is bound
         try:
-            port: int = self.server.add_insecure_port(self._listen)
+            return tls.add_port(self.server, self._listen)
         except RuntimeError as e:
             raise ConfigError("listen", f"cannot bind {self._listen!r}: in use, not allowed, or not an address of this machine") from e
-        return port
 
     def set_serving(self, is_serving: bool) -> None:
         """Set what the health service answers; False while draining. Does not refuse calls by itself."""

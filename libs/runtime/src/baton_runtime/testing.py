@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from baton_runtime.children import die_with_parent, etcd_command
+from baton_runtime.tls import TlsFiles
 
 START_LIMIT_S = 15.0
 STOP_LIMIT_S = 3.0
@@ -113,6 +114,7 @@ class EtcdProcess:
         fsync: bool = False,
         host: str = "127.0.0.1",
         prefix: Sequence[str] = (),
+        tls: TlsFiles | None = None,
     ) -> None:
         self._owned_dir = None if data_dir else tempfile.TemporaryDirectory(prefix="baton-etcd-")
         self.data_dir = data_dir or Path(self._owned_dir.name if self._owned_dir else "")
@@ -121,6 +123,7 @@ class EtcdProcess:
         self._prefix = tuple(prefix)
         self._die_with_parent = die_with_parent
         self._fsync = fsync
+        self._tls = tls
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
@@ -213,7 +216,7 @@ class EtcdProcess:
         return ""
 
     def _command(self) -> list[str]:
-        command = [*self._prefix, *etcd_command(self.data_dir, self.port, fsync=self._fsync, host=self._host)]
+        command = [*self._prefix, *etcd_command(self.data_dir, self.port, fsync=self._fsync, host=self._host, tls=self._tls)]
         return die_with_parent(command, signal.SIGKILL) if self._die_with_parent else command
 
     async def _serving_port(self, log_start: int) -> int:

@@ -130,7 +130,7 @@ class RouterLink:
         self._wake.set()
 
     async def _session(self) -> bool:
-        channel = open_channel(self.address)
+        channel = open_channel(self.address, "router")
         call: Any = None
         reason, was_live = "", False
         try:

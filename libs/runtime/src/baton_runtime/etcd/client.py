@@ -11,13 +11,14 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from baton_runtime import tls
 from baton_runtime.errors import BatonError, ConfigError, Unavailable
 from baton_runtime.etcd import etcd_pb2 as pb
 from baton_runtime.log import get_logger
 
 CALL_TIMEOUT_S = 3.0
 # etcd answers a ping more often than every 5 s, or one without a call, with GOAWAY: 10 s, and only while a call is open.
-CHANNEL_OPTIONS = [
+CHANNEL_OPTIONS: list[tuple[str, object]] = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
     # Without it a connection that swallows everything lives on for gRPC's own 60 s more (measured with 1.85).
@@ -67,13 +68,13 @@ class WatchEnded(BatonError):
 
 
 def parse_endpoints(endpoints: str) -> list[str]:
-    """["host:port", ...] of a comma-separated list; a leading http:// is dropped. Raises: ConfigError."""
-    found = [part.strip().removeprefix("http://").rstrip("/") for part in endpoints.split(",") if part.strip()]
+    """["host:port", ...] of a comma-separated list; http:// and https:// are dropped (TLS settings decide). Raises: ConfigError."""
+    found = [part.strip().removeprefix("http://").removeprefix("https://").rstrip("/") for part in endpoints.split(",") if part.strip()]
     if not found:
         raise ConfigError("etcd", "names no endpoint")
     for endpoint in found:
         if "://" in endpoint:
-            raise ConfigError("etcd", f"{endpoint!r}: only plain host:port or http:// endpoints are supported")
+            raise ConfigError("etcd", f"{endpoint!r}: only host:port, http:// or https:// endpoints are supported")
         if not endpoint.rpartition(":")[2].isdecimal():
             raise ConfigError("etcd", f"{endpoint!r} is not host:port")
     return found
@@ -152,7 +153,7 @@ class EtcdClient:
         self._endpoints = parse_endpoints(endpoints)
         self._call_timeout_s = call_timeout_s
         self._current = 0
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, tuple[grpc.aio.Channel, tls.Material | None]] = {}
 
     @property
     def endpoint(self) -> str:
@@ -162,7 +163,7 @@ class EtcdClient:
     async def close(self) -> None:
         """Close every connection; calls under way end as cancelled. Idempotent."""
         channels, self._channels = self._channels, {}
-        for channel in channels.values():
+        for channel, _ in channels.values():
             await channel.close(None)
 
     async def range(self, request: pb.RangeRequest) -> pb.RangeResponse:
@@ -226,7 +227,8 @@ class EtcdClient:
         last: grpc.aio.AioRpcError | None = None
         for _ in self._endpoints:
             endpoint = self.endpoint
-            method = self._channel(endpoint).unary_unary(
+            channel = self._channel(endpoint)  # held until the call is over
+            method = channel.unary_unary(
                 f"/etcdserverpb.{path}",
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=response.FromString,  # type: ignore[attr-defined]  # every R is a protobuf message
@@ -246,7 +248,8 @@ class EtcdClient:
     @contextlib.asynccontextmanager
     async def _stream(self, path: str, request: type[Q], response: type[R]) -> AsyncIterator[Stream[Q, R]]:
         endpoint = self.endpoint
-        method = self._channel(endpoint).stream_stream(
+        channel = self._channel(endpoint)  # held until the call is over
+        method = channel.stream_stream(
             f"/etcdserverpb.{path}",
             request_serializer=request.SerializeToString,  # type: ignore[attr-defined]
             response_deserializer=response.FromString,  # type: ignore[attr-defined]
@@ -261,9 +264,12 @@ class EtcdClient:
             call.cancel()
 
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
-        if endpoint not in self._channels:
-            self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
-        return self._channels[endpoint]
+        """One channel per endpoint and certificate. One with an old certificate closes when its last call lets go of it."""
+        identity = tls.identity()
+        material = identity.material() if identity is not None else None
+        if endpoint not in self._channels or self._channels[endpoint][1] is not material:
+            self._channels[endpoint] = tls.channel(endpoint, CHANNEL_OPTIONS), material
+        return self._channels[endpoint][0]
 
     def _rotate(self, failed: str, error: Exception) -> None:
         """Move on from an endpoint, unless another caller already did."""

@@ -1,0 +1,167 @@
+"""Mutual TLS of all gRPC and of etcd, with real processes: who is refused, and that new files are taken under load."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import grpc
+import psutil
+import pytest
+from baton_cli import certificates
+from baton_contracts.discovery.v1 import instance_pb2
+from baton_runtime import tls
+from baton_runtime.etcd import etcd_pb2
+from baton_runtime.rpc import open_channel
+from clients import Answer, stream
+from cluster import Cluster, cluster
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+pytestmark = pytest.mark.timeout(180)
+ROOT = Path(__file__).parents[2]
+ASK_LIMIT_S = 10.0
+BODY = {"model": "test-model", "prompt": list(range(10, 40)), "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def plain_again() -> Iterator[None]:
+    """Even if a cluster did not come up."""
+    yield
+    tls.use(None)
+
+
+async def ask(channel: grpc.aio.Channel, *, is_etcd: bool = False) -> None:
+    """One call that every server of the kind answers. Raises: AioRpcError."""
+    async with channel:
+        if is_etcd:
+            method = channel.unary_unary(
+                "/etcdserverpb.KV/Range",
+                request_serializer=etcd_pb2.RangeRequest.SerializeToString,
+                response_deserializer=etcd_pb2.RangeResponse.FromString,
+            )
+            await method(etcd_pb2.RangeRequest(key=b"x"), timeout=ASK_LIMIT_S)
+        else:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=ASK_LIMIT_S)
+
+
+def secure(address: str, folder: Path, name: str, *, believed: Path) -> grpc.aio.Channel:
+    """A channel that shows the certificate of a name in folder and believes the server of believed's CA; name "": shows none."""
+    files = certificates.files_in(folder, name)
+    shown = (files.key.read_bytes(), files.certificate.read_bytes()) if name else (None, None)
+    credentials = grpc.ssl_channel_credentials((believed / "ca" / "ca.pem").read_bytes(), *shown)
+    return grpc.aio.secure_channel(address, credentials)
+
+
+def servers(house: Cluster) -> dict[str, str]:
+    """Every gRPC address."""
+    found = {i.instance_id: i.grpc_address for i in house.view.instances.values() if i.grpc_address}
+    return found | {"etcd": house.etcd.endpoint}
+
+
+async def test_whoever_has_no_certificate_of_our_ca_is_refused_on_every_grpc_port(tmp_path: Path) -> None:
+    ours, foreign = tmp_path / "ours", tmp_path / "foreign"
+    certificates.make(ours)
+    certificates.make(foreign)
+    async with cluster(tmp_path / "run", certificates=ours) as house:
+        assert (await stream(house.http, house.url, Answer(), **BODY)).error is None
+        assert {"router-0", "prefill-0", "decode-0", "kvtransfer-0", "etcd"} <= set(servers(house))
+        for name, address in servers(house).items():
+            await ask(secure(address, ours, "cli", believed=ours), is_etcd=name == "etcd")
+            strangers = {
+                "plain": grpc.aio.insecure_channel(address),
+                "no certificate": secure(address, ours, "", believed=ours),
+                "foreign certificate": secure(address, foreign, "cli", believed=ours),
+            }
+            for kind, channel in strangers.items():
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await ask(channel, is_etcd=name == "etcd")
+                assert refused.value.code() is grpc.StatusCode.UNAVAILABLE, f"{name}: {kind}"
+        for name in house.children:
+            assert not unknown_ports(house, name)
+            assert 80 * 86400 < (await house.metrics(name))["baton_certificate_expiry_seconds"] < 91 * 86400
+        # A worker's address under the name of a router: whoever asks for a router does not believe it.
+        await ask(open_channel(house.instance("decode-0").grpc_address))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await ask(open_channel(house.instance("decode-0").grpc_address, "router"))
+        await house.settled()
+
+
+def unknown_ports(house: Cluster, name: str) -> set[int]:
+    """Ports on which a process listens and that are neither gRPC, nor HTTP, nor of a worker's byte transport."""
+    process = house.children[name].process
+    assert process is not None
+    instance = house.instance(name)
+    known = {int(a.rpartition(":")[2]) for a in (instance.grpc_address, instance.http_address, instance.metrics_address) if a}
+    is_worker = instance.service in (instance_pb2.SERVICE_PREFILL, instance_pb2.SERVICE_DECODE)
+    listening = {c.laddr.port for c in psutil.Process(process.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    unknown = listening - known
+    return set() if is_worker and len(unknown) <= 1 else unknown
+
+
+async def test_a_new_ca_and_new_certificates_are_taken_under_load_without_a_failed_request(tmp_path: Path) -> None:
+    ours, before = tmp_path / "ours", tmp_path / "before"
+    certificates.make(ours)
+    certificates.make(before, ca=ours / "ca", names=["cli"])
+    async with cluster(tmp_path / "run", certificates=ours, decode=2) as house, aiohttp.ClientSession() as http:
+        old_bundle = (ours / "ca" / "ca.pem").read_bytes()
+        answers: list[Answer] = []
+        is_over = False
+
+        async def ask_on() -> None:
+            while not is_over:
+                answers.append(await stream(http, house.url, Answer(), **BODY))
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(4):
+                tasks.create_task(ask_on())
+            certificates.new_ca(ours)
+            await house.etcd.restart()  # it reads its CA file at its start alone
+            certificates.renew(ours)
+            await again(house, "decode-1")  # everybody connects to it, and it to everybody
+            certificates.drop_old_ca(ours)
+            await house.etcd.restart()
+            await again(house, "decode-1")
+            num_before = len(answers)
+            while len(answers) < num_before + 20:
+                await asyncio.sleep(0.02)
+            is_over = True
+        assert all(answer.error is None and len(answer.token_ids) == BODY["max_tokens"] for answer in answers)
+        assert len({tuple(answer.token_ids) for answer in answers}) == 1
+
+        # What the old CA signed is over, on processes that were never restarted too.
+        assert (ours / "ca" / "ca.pem").read_bytes() != old_bundle
+        for name, address in servers(house).items():
+            await ask(secure(address, ours, "cli", believed=ours), is_etcd=name == "etcd")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await ask(secure(address, before, "cli", believed=ours), is_etcd=name == "etcd")
+        await house.settled()
+
+
+async def again(house: Cluster, name: str) -> None:
+    """Drain a process, and start it again."""
+    house.signal(name, signal.SIGTERM)
+    process = house.children[name].process
+    assert process is not None
+    await process.wait()
+    await house.start(name)
+
+
+async def test_a_half_set_configuration_stops_the_start_and_names_the_field(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "baton_router.main"), env={**os.environ, "BATON_ROUTER_TLS_CA": "/x"}, stderr=asyncio.subprocess.PIPE
+    )
+    _, stderr = await process.communicate()
+    assert process.returncode == 2
+    assert "router.tls_certificate" in stderr.decode()
+
+
+def test_nothing_but_the_one_place_makes_grpc_servers_and_channels() -> None:
+    """Those that are allowed: tests and their stand-ins. The exporter of traces is told in docs/security.md."""
+    pattern = re.compile(r"(in)?secure_channel\(|add_(in)?secure_port\(")
+    sources = [p for part in ("libs", "services", "cli", "proto") for p in (ROOT / part).rglob("src/**/*.py")]
+    found = {str(p.relative_to(ROOT)) for p in sources if pattern.search(p.read_text()) and not p.name.startswith("testing")}
+    assert found == {"libs/runtime/src/baton_runtime/tls.py"}
