@@ -36,8 +36,11 @@ def call(*command: str | Path, limit_s: float = 900.0, **options: object) -> str
     return done.stdout
 
 
-def prepare(folder: Path) -> None:
-    """Everything that needs a network: into folder (docker/ cli plugin, ci/ binaries, context/ what images are built from) and CACHE."""
+def prepare(folder: Path, extras: str) -> None:
+    """Everything that needs a network: into folder (docker/ cli plugin, ci/ binaries, context/ what images are built from) and CACHE.
+
+    extras: of the workers, e.g. "[torch]".
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     missing = [package for command, package in PACKAGES.items() if shutil.which(command) is None]
     if missing:
@@ -54,7 +57,7 @@ def prepare(folder: Path) -> None:
             *["--include=python3,python3-venv,ca-certificates", "bookworm", folder / "base.tar"],
         )
         (folder / "base.tar").rename(CACHE / "base.tar")
-    _lay_out(folder / "context")
+    _lay_out(folder / "context", extras)
 
 
 def _take_apart(folder: Path) -> None:
@@ -84,7 +87,7 @@ def _take_apart(folder: Path) -> None:
     shutil.copy(ROOT / "compose/ci/Dockerfile", binaries)
 
 
-def _lay_out(context: Path) -> None:
+def _lay_out(context: Path, extras: str) -> None:
     """Sources, and the wheels of everything that is not ours."""
     context.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", "tests", ".*_cache", "secrets")
@@ -96,14 +99,16 @@ def _lay_out(context: Path) -> None:
     (context / "compose/secrets/grafana_admin_password").write_text("not used: Grafana is not started\n")
     say("building wheels")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    call(*pip, "wheel", "-w", context / "wheels", "-c", "constraints.txt", "hatchling", *(f"./{member}" for member in MEMBERS), cwd=ROOT)
+    members = [f"./{member}{extras}" if member in ("services/prefill", "services/decode") else f"./{member}" for member in MEMBERS]
+    call(*pip, "wheel", "-w", context / "wheels", "-c", "constraints.txt", "hatchling", *members, cwd=ROOT)
     for wheel in (context / "wheels").glob("baton_*.whl"):
         wheel.unlink()  # images build our own from their sources, as users' do
 
 
 def enter(folder: Path, command: Sequence[str], limit_s: float) -> int:
     """Run a command as the first process of new namespaces; whatever it left is gone when this returns. Returns: its exit status."""
-    inside = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", *command]
+    # Should this process be killed, the first one inside is as well, and with it all others.
+    inside = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", *command]
     try:
         return subprocess.run(inside, timeout=limit_s).returncode
     finally:

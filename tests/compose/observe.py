@@ -101,6 +101,11 @@ async def prometheus(folder: Path, house: Cluster) -> AsyncIterator[str]:
 
 async def events(house: Cluster) -> None:
     """What series begin with: a worker dies, more is asked than may be held, a model is asked for that there is not."""
+
+    async def has_links() -> bool:
+        return (await house.metrics("decode-1")).get("baton_handoff_bytes_total", 0.0) > 0
+
+    await until("decode-1 has had KV from a peer, which misses it then", has_links, DATA_LIMIT_S)
     await house.kill("decode-1")
     await house.start("decode-1")
     body = {"model": "test-model", "prompt": [11] * 50, "max_tokens": 20, "ignore_eos": True}
@@ -158,7 +163,7 @@ async def rows_of(folder: Path) -> list[tuple[Query, int, float | None]]:
 
 def table(rows: list[tuple[Query, int, float | None]], took_s: float) -> str:
     """docs/dashboard-queries.md."""
-    version = subprocess.run(["prometheus", "--version"], capture_output=True, text=True).stdout.split(",")[0]
+    version = subprocess.run(["prometheus", "--version"], capture_output=True, text=True).stdout.split(" (")[0].replace(", version", "")
     lines = [
         "# Every query of the dashboard and of the alerts, as answered",
         "",

@@ -26,13 +26,14 @@ import aiohttp  # noqa: E402
 from baton_cli import up  # noqa: E402
 from box import SERVICES, call, enter, prepare, say, start_engine  # noqa: E402
 from load import Kind, Load, Oracle  # noqa: E402
-from stack import MODEL, PROFILE, URL, Stack, until  # noqa: E402
+from stack import MODEL, PROFILE, URL, Container, Stack, until  # noqa: E402
 
 RUN_LIMIT_S = 1200.0
 STOP_LIMIT_S = 5.0
-STRIKE_S = 4.0  # how long a partition or a pause lasts: peers give up after 2 s
+LEASE_S = 12.0  # after which etcd, were it there, would drop an instance: 10, and some
 KINDS = [Kind("chat", 3, (20, 200), (10, 60)), Kind("long", 1, (400, 1200), (40, 120)), Kind("batch", 1, (20, 400), (10, 60), batch=True)]
 USER = "10001:10001"
+EXTRAS = {"sim": "", "torch": "[torch]"}  # of the workers, by engine
 
 
 @dataclass
@@ -54,21 +55,28 @@ class Run:
         self._http = http
         self._seed = 0
 
-    def checks(self) -> Iterator[tuple[str, Callable[[], Awaitable[str]]]]:
+    def checks(self, engine: str) -> Iterator[tuple[str, Callable[[], Awaitable[str]]]]:
         """Name and function, which returns a detail for the summary and raises AssertionError."""
+        yield "files are accepted", self.are_accepted
         yield "build", self.build
         yield "up --wait", self.start
         yield "nothing but what it must: user, root, capabilities, ports, limits", self.is_hardened
+        if engine == "torch":
+            yield "the demo model recalls, which it can only with the KV of its prompt", self.recalls
+            yield f"stop within {STOP_LIMIT_S:g} s, nobody killed", self.stops
+            return
         yield "answers through the published port are right", self.answers
         yield "Prometheus finds every instance", self.is_scraped
         yield "scale prefill=3 decode=2 and back under load", self.scales
         for service in ("prefill", "decode", "router", "kvtransfer", "etcd", "frontend"):
             yield f"kill -9 of {service}", lambda service=service: self.dies(service)
+        yield "etcd, router and kvtransfer gone for longer than a lease", self.has_no_control_plane
         for service in ("prefill", "decode"):
             yield f"{service} cut off its network", lambda service=service: self.is_cut_off(service)
         for service in ("prefill", "decode"):
             yield f"{service} paused", lambda service=service: self.is_paused(service)
         yield "no KV is stranded, the books agree", self.is_balanced
+        yield "compose.shm.yaml: KV by shared memory between containers", self.shares_memory
         yield f"stop within {STOP_LIMIT_S:g} s, nobody killed", self.stops
 
     @asynccontextmanager
@@ -82,6 +90,14 @@ class Run:
         bad = [f"{outcome.kind} {outcome.how} {outcome.detail}" for outcome in load.tally.outcomes if outcome.how != "ok"]
         assert not load.tally.corrupt, load.tally.corrupt[:3]
         assert not (bad and lossless), f"{len(bad)} of {len(load.tally.outcomes)} requests: {bad[:3]}"
+
+    async def are_accepted(self) -> str:
+        """Compose's own loader takes every set of files that the docs name."""
+        for added in ([], ["compose.shm.yaml"], ["compose.gpu.yaml"], ["compose.shm.yaml", "compose.gpu.yaml"]):
+            files, self.stack.files = self.stack.files, ["compose.yaml", *added]
+            await self.stack.compose("--profile", "observability", "config", "-q")
+            self.stack.files = files
+        return ""
 
     async def build(self) -> str:
         """All images from the one file; what must be light is."""
@@ -130,6 +146,17 @@ class Run:
         assert moved > 0, "nothing was handed over from prefill to decode"
         return f"{len(load.tally.outcomes)} answers, {moved / 1e6:.1f} MB of KV handed over"
 
+    async def recalls(self) -> str:
+        """As in the README."""
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "red = 4 7 1 ; blue = 2 2 8 ; red ?"}]}
+        async with self._http.post(f"{URL}/v1/chat/completions", json=body) as response:
+            answer = await response.json()
+        text = answer["choices"][0]["message"]["content"]
+        assert text.strip() == "4 7 1", answer
+        moved = await self.stack.metric((await self.stack.containers("decode"))[0], "baton_handoff_bytes_total")
+        assert moved > 0, "nothing was handed over from prefill to decode"
+        return f"{text.strip()!r}, {moved:.0f} bytes of KV handed over"
+
     async def is_scraped(self) -> str:
         """Every container of every service is a target, and up."""
         containers = await self.stack.containers(*SERVICES)
@@ -165,31 +192,60 @@ class Run:
         victim = (await self.stack.containers(service))[0]
         async with self.load(lossless=service != "frontend") as load:
             os.kill(victim.pid, signal.SIGKILL)
-
-            async def is_back() -> bool:
-                now = await self.stack.again(victim)
-                return now.is_healthy and now.pid != victim.pid
-
-            await until(f"{service} is healthy again", is_back)
+            await self._is_back(victim)
             await until("all workers are taken in", self.stack.complete)
         return _told(load)
 
+    async def has_no_control_plane(self) -> str:
+        """Killed, not restarted: who runs goes on, and new requests are served whole on decode. Then all three come back, etcd empty."""
+        async with self.load() as load:
+            await self.stack.compose("kill", "etcd", "router", "kvtransfer")
+            gone_at, asked = time.monotonic(), len(load.tally.outcomes)
+            await until("a lease is over", lambda: _is_true(time.monotonic() - gone_at > LEASE_S))
+            await until("answers without them", lambda: _is_true(len(load.tally.outcomes) > asked + 50))
+            meanwhile = len(load.tally.outcomes) - asked
+            await self.stack.up(prefill=2, decode=2)
+            await until("four workers are taken in", self.stack.complete)
+        return f"{_told(load)}, {meanwhile} of them meanwhile"
+
+    async def _is_back(self, victim: Container) -> None:
+        """Wait until a killed container is well, in a new life."""
+
+        async def is_well() -> bool:
+            now = await self.stack.again(victim)
+            return now.is_healthy and now.pid != victim.pid
+
+        await until(f"{victim.service} is healthy again", is_well)
+
+    async def _losses(self) -> float:
+        """Workers that the frontend has given up."""
+        (frontend,) = await self.stack.containers("frontend")
+        return await self.stack.metric(frontend, "baton_worker_losses_total")
+
+    async def _is_given_up(self, service: str, losses: float) -> None:
+        """Wait until there is one more, for which a frontend takes 2 s."""
+
+        async def is_so() -> bool:
+            return await self._losses() > losses
+
+        await until(f"{service} is given up", is_so)
+
     async def is_cut_off(self, service: str) -> str:
-        """A worker loses its network for longer than its peers wait, and gets it back."""
-        victim = (await self.stack.containers(service))[0]
+        """A worker loses its network until its peers give it up, and gets it back."""
+        victim, losses = (await self.stack.containers(service))[0], await self._losses()
         async with self.load() as load:
             await self.stack.docker("network", "disconnect", "-f", "baton_inner", victim.id)
-            await asyncio.sleep(STRIKE_S)
+            await self._is_given_up(service, losses)
             await self.stack.docker("network", "connect", "--alias", service, "baton_inner", victim.id)
             await until(f"{service} is taken in again", self.stack.complete)
         return _told(load)
 
     async def is_paused(self, service: str) -> str:
-        """A worker stands still for longer than its peers wait, and wakes."""
-        victim = (await self.stack.containers(service))[0]
+        """A worker stands still until its peers give it up, and wakes."""
+        victim, losses = (await self.stack.containers(service))[0], await self._losses()
         async with self.load() as load:
             await self.stack.docker("pause", victim.id)
-            await asyncio.sleep(STRIKE_S)
+            await self._is_given_up(service, losses)
             await self.stack.docker("unpause", victim.id)
             await until(f"{service} is taken in again", self.stack.complete)
         return _told(load)
@@ -204,6 +260,30 @@ class Run:
 
             await until(f"{name} is 0", is_zero, 30.0)
         return "stranded, pinned, reserved, mismatch: 0 bytes"
+
+    async def shares_memory(self) -> str:
+        """Workers with one /dev/shm between them, one of which is killed and sweeps up what it had left."""
+        self.stack.files.append("compose.shm.yaml")
+        await self.stack.up("--no-deps", prefill=2, decode=2)
+        await until("four workers are taken in", self.stack.complete)
+        victim = (await self.stack.containers("decode"))[0]
+        async with self.load() as load:
+            os.kill(victim.pid, signal.SIGKILL)
+            await self._is_back(victim)
+            await until("four workers are taken in again", self.stack.complete)
+            enough = len(load.tally.outcomes) + 20
+            await until("more answers", lambda: _is_true(len(load.tally.outcomes) >= enough))
+        pulls = [
+            [
+                await self.stack.metric(worker, "baton_handoff_pull_gigabytes_per_second_count", transport=transport)
+                for transport in ("shm", "tcp")
+            ]
+            for worker in await self.stack.containers("decode")
+        ]
+        assert all(shm and not tcp for shm, tcp in pulls), f"pulls of the decode instances by shm and tcp: {pulls}"
+        segments = (await self.stack.docker("exec", victim.id, "ls", "/dev/shm")).split()
+        assert len(segments) == 4, f"segments of four workers: {segments}"
+        return f"{_told(load)}; {sum(shm for shm, _ in pulls):.0f} pulls, all by shared memory"
 
     async def stops(self) -> str:
         """SIGTERM ends every process by its own doing."""
@@ -233,13 +313,13 @@ def _told(load: Load) -> str:
     return ", ".join(f"{count} {how}" for how, count in load.tally.count().items() if count)
 
 
-async def run(folder: Path, only: str) -> list[Check]:
+async def run(folder: Path, engine: str, only: str) -> list[Check]:
     """Inside the namespaces: every check, up to the first without which the others make no sense."""
     model = up.demo_model()
     made: list[Check] = []
     async with aiohttp.ClientSession() as http:
-        stack = Stack(folder, model, http)
-        for name, check in Run(stack, Oracle(PROFILE, model), http).checks():
+        stack = Stack(folder, model, http, engine, EXTRAS[engine])
+        for name, check in Run(stack, Oracle(PROFILE, model), http).checks(engine):
             if only and only not in name and name not in ("build", "up --wait"):
                 continue
             say(f"{name} ...")
@@ -258,10 +338,10 @@ async def run(folder: Path, only: str) -> list[Check]:
     return made
 
 
-def inside(folder: Path, only: str) -> int:
+def inside(folder: Path, engine: str, only: str) -> int:
     """First process of the namespaces."""
     start_engine(folder)
-    checks = asyncio.run(run(folder, only))
+    checks = asyncio.run(run(folder, engine, only))
     (folder / "checks.json").write_text(json.dumps([asdict(check) for check in checks]))
     return 0 if all(check.ok for check in checks) else 1
 
@@ -271,19 +351,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="the summary for machines")
     parser.add_argument("--only", default="", metavar="TEXT", help="beside build and start, only checks whose name contains it")
+    parser.add_argument("--engine", choices=EXTRAS, default="sim", help="torch: a shorter run, with images of 1 GB and the demo model")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        sys.exit(inside(arguments.inside, arguments.only))
+        sys.exit(inside(arguments.inside, arguments.engine, arguments.only))
     if os.geteuid() != 0:
         sys.exit("runs a container engine: must be root")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through everybody who cleans up
     began = time.monotonic()
     # Not in TMPDIR: the engine's sockets have paths of at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="baton-compose-", dir="/tmp", ignore_cleanup_errors=False) as name:
         folder = Path(name)
-        prepare(folder)
+        prepare(folder, EXTRAS[arguments.engine])
         say(f"prepared in {time.monotonic() - began:.0f} s")
-        status = enter(folder, [sys.executable, __file__, "--inside", name, f"--only={arguments.only}"], RUN_LIMIT_S)
+        inner = [sys.executable, __file__, "--inside", name, f"--engine={arguments.engine}", f"--only={arguments.only}"]
+        status = enter(folder, inner, RUN_LIMIT_S)
         report = folder / "checks.json"
         checks = [Check(**row) for row in json.loads(report.read_text())] if report.exists() else []
     took = round(time.monotonic() - began, 1)

@@ -59,34 +59,34 @@ class Container:
 class Stack:
     """docker compose on the files of a context folder."""
 
-    def __init__(self, folder: Path, model: Path, http: aiohttp.ClientSession) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, model: Path, http: aiohttp.ClientSession, engine: str, extras: str) -> None:
         self.http = http
-        self._compose = ["docker", "compose", "--ansi", "never", "--progress", "quiet"]
-        for name in ("compose.yaml", "compose.ci.yaml"):
-            self._compose += ["-f", str(folder / "context/compose" / name)]
+        self.files = ["compose.yaml", "compose.ci.yaml"]
+        self._folder = folder / "context/compose"
         self._environment = {
             **os.environ,
-            "BATON_ENGINE": "sim",
+            "BATON_ENGINE": engine,
             "BATON_PROFILE": PROFILE,
             "BATON_SERVED_NAME": MODEL,
             "BATON_MODEL": str(model),
-            "WORKER_EXTRAS": "",
+            "WORKER_EXTRAS": extras,
             "CI_BINARIES": str(folder / "ci"),
         }
 
     async def compose(self, *arguments: str) -> str:
         """docker compose ARGUMENTS; its stdout."""
-        return await asyncio.to_thread(call, *self._compose, *arguments, env=self._environment)
+        files = [part for name in self.files for part in ("-f", str(self._folder / name))]
+        command = ["docker", "compose", "--ansi", "never", "--progress", "quiet", *files, *arguments]
+        return await asyncio.to_thread(call, *command, env=self._environment)
 
     async def docker(self, *arguments: str) -> str:
         """docker ARGUMENTS; its stdout."""
         return await asyncio.to_thread(call, "docker", *arguments)
 
-    async def up(self, **scale: int) -> None:
+    async def up(self, *options: str, **scale: int) -> None:
         """Everything, or so many of some services; returns when all are healthy."""
         wanted = [f"--scale={service}={count}" for service, count in scale.items()]
-        await self.compose("up", "-d", "--no-build", "--no-recreate", "--wait", *wanted, *EVERYTHING)
+        await self.compose("up", "-d", "--no-build", "--wait", *(options or ("--no-recreate",)), *wanted, *EVERYTHING)
 
     async def containers(self, *services: str) -> list[Container]:
         """Those that exist, of some services (none named: of all)."""
@@ -98,12 +98,12 @@ class Stack:
         """The same container, as it is now."""
         return Container(container.service, json.loads(await self.docker("inspect", container.id))[0])
 
-    async def metric(self, container: Container, name: str) -> float:
-        """Sum over the labels of one of its metrics. Raises: aiohttp.ClientError if it does not answer."""
+    async def metric(self, container: Container, name: str, **labels: str) -> float:
+        """Sum over one of its metrics, of the series with these labels. Raises: aiohttp.ClientError if it does not answer."""
         async with self.http.get(f"http://{container.address}:9100/metrics", timeout=aiohttp.ClientTimeout(total=5)) as response:
             text = await response.text()
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        return sum(sample.value for sample in samples if sample.name == name)
+        return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
 
     async def query(self, expression: str) -> list[dict]:
         """What Prometheus answers."""
