@@ -361,7 +361,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through everybody who cleans up
     began = time.monotonic()
     # Not in TMPDIR: the engine's sockets have paths of at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="baton-compose-", dir="/tmp", ignore_cleanup_errors=False) as name:
+    with tempfile.TemporaryDirectory(prefix="baton-compose-", dir="/tmp") as name:
         folder = Path(name)
         prepare(folder, EXTRAS[arguments.engine])
         say(f"prepared in {time.monotonic() - began:.0f} s")
