@@ -18,6 +18,7 @@ SPIKE ?=
 MEMORY ?=
 MODEL ?=
 FAULTS ?=
+COMPOSE ?=
 MIXED ?=
 
 # Tests of units, and of clusters that no second cluster beside them disturbs, run in several processes. The faults have the machine
@@ -30,7 +31,8 @@ ALONE := tests --ignore tests/e2e
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-slow test-faults test-rolling test-clients soak test-alone check format lint types proto proto-check \
+.PHONY: help up test test-unit test-e2e test-slow test-faults test-rolling test-clients test-compose test-observability soak test-alone \
+	check format lint types proto proto-check \
 	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff ci clean
 
 help: ## show this text
@@ -82,6 +84,12 @@ test-rolling: $(VENV)/.ready ## every instance of every service restarted under 
 test-clients: $(VENV)/.ready $(VENV)-clients/sdk/.ready $(VENV)-clients/aiperf/.ready ## openai, LangChain, litellm, aiperf and schemathesis against a real Baton (five minutes; docs/clients.md)
 	$(BIN)/python tests/thirdparty/run.py --sdk $(VENV)-clients/sdk/bin/python --aiperf $(VENV)-clients/aiperf/bin/python \
 		--results bench/results/clients-$$(date +%F)
+
+test-compose: $(VENV)/.ready ## compose/ run for real on a container engine of its own: scale, kill, cut off, pause, stop (root, Debian 12; four minutes; docs/compose.md)
+	$(BIN)/python tests/compose/run.py $(COMPOSE)
+
+test-observability: $(VENV)/.ready ## a real Prometheus scrapes a cluster; every dashboard and alert query returns data; writes docs/dashboard-queries.md
+	$(BIN)/python tests/compose/observe.py --markdown docs/dashboard-queries.md
 
 soak: $(VENV)/.ready ## 100,000 handoffs under random faults, 20 minutes; writes bench/results/soak-DATE.json (SOAK="--seed 1 --handoffs 1000")
 	$(BIN)/python tests/load/soak.py --json bench/results/soak-$$(date +%F).json $(SOAK)

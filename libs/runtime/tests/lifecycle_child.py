@@ -54,6 +54,8 @@ class ChildService(Service):
     async def close(self) -> None:
         if MODE == "thread-hangs":
             threading.Thread(target=time.sleep, args=[60]).start()
+        if MODE == "look-up-hangs":
+            asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
         await super().close()
 
     async def _fail(self) -> None:

@@ -192,8 +192,10 @@ async def test_config_error_in_start_names_the_service_and_exits_2() -> None:
         assert "baton: configuration error: decode.listen: cannot bind" in await service.ends(2)
 
 
-async def test_thread_that_hangs_does_not_keep_the_process() -> None:
-    async with child("thread-hangs") as service:
+@pytest.mark.parametrize("mode", ["thread-hangs", "look-up-hangs"])
+async def test_thread_that_hangs_does_not_keep_the_process(mode: str) -> None:
+    """Ours, or one of the loop's own, which look up names."""
+    async with child(mode) as service:
         await service.says("ready")
         service.process.send_signal(signal.SIGTERM)
         began = time.monotonic()

@@ -105,8 +105,9 @@ def run(service_factory: Callable[[], Service]) -> NoReturn:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _limit_heaps()
     _allow_open_files()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(serve(service_factory))
+    # Not closed: that would wait for the loop's own threads, be it for a look-up of a name that nobody answers any more (measured: 18 s).
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    code = runner.run(serve(service_factory))
     sys.stdout.flush()
     sys.stderr.flush()
     # Everything of ours is closed. What the interpreter would still do takes seconds with torch loaded (measured: 2.7 s), and for

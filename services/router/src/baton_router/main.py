@@ -39,7 +39,7 @@ class RouterService(Service):
         discovery_client = Discovery(c.etcd, c.etcd_namespace)
         await discovery_client.start()
         self.closing.push_async_callback(discovery_client.close)  # 4
-        metrics_server = MetricsServer()
+        metrics_server = MetricsServer(advertise=c.advertise)
         metrics_address = await metrics_server.start(c.metrics_listen)
         self.closing.push_async_callback(metrics_server.close)  # 3
         fleet, index = Fleet(), BlockIndex(c.max_index_blocks)
