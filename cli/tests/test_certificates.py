@@ -2,6 +2,7 @@
 
 import asyncio
 import stat
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -78,6 +79,22 @@ async def assert_refused(channel: grpc.aio.Channel) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await ask(channel)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_health_check_shows_the_service_s_own_certificate(ours: Path, foreign: Path) -> None:
+    async def probe(address: str, *options: str) -> tuple[int | None, str]:
+        command = (sys.executable, "-m", "baton_runtime.probe", address, *options)
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        _, said = await process.communicate()
+        return process.returncode, said.decode()
+
+    async with listening(ours, "router") as address:
+        assert await probe(address, "--tls", str(ours / "router")) == (0, "")
+        for options in ((), ("--tls", str(foreign / "router"))):
+            code, said = await probe(address, *options)
+            assert code == 1
+            assert said.startswith(f"{address}: UNAVAILABLE")
+        assert await probe(address, "--tls", str(ours)) == (1, f"tls_ca: cannot read {ours}/ca.pem: No such file or directory\n")
 
 
 def test_files_are_for_their_owner_alone_and_nothing_is_overwritten(ours: Path) -> None:
