@@ -1,6 +1,5 @@
 """The files of compose/ against what they speak about: the schema, the services' settings, their dependencies, the metrics they export."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from baton_prefill.config import PrefillConfig
 from baton_router.config import RouterConfig
 from baton_runtime.config import load
 from baton_runtime.lifecycle import CLOSE_LIMIT_S
+from metric_names import exported
 from queries import COMPOSE, alert_queries, alert_rules, dashboard_panels, dashboard_queries
 
 ROOT = COMPOSE.parent
@@ -115,38 +115,6 @@ def test_prometheus_looks_for_every_service_where_its_metrics_are(service: str):
     (found,) = jobs[service]["dns_sd_configs"]
     assert (found["names"], found["type"]) == ([service], "A")
     assert image_settings(service)[f"BATON_{service.upper()}_METRICS_LISTEN"] == f"0.0.0.0:{found['port']}"
-
-
-def exported() -> set[str]:
-    """Names of samples of all metrics in our sources."""
-    found: set[str] = set()
-    for folder in ("libs", "services"):
-        for path in (ROOT / folder).glob("*/src/**/*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call):
-                    found |= samples_of(node)
-                elif isinstance(node, ast.Tuple) and node.elts:  # rows of a table of gauges
-                    found |= {name for name in [text_of(node.elts[0])] if name}
-    return found
-
-
-def samples_of(call: ast.Call) -> set[str]:
-    """What a call that makes a metric exports; empty for another call."""
-    name = text_of(call.args[0]) if call.args else ""
-    maker = call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id if isinstance(call.func, ast.Name) else ""
-    if not name:
-        return set()
-    if "counter" in maker.lower():
-        return {f"{name}_total"}
-    if "histogram" in maker.lower():
-        return {f"{name}_bucket", f"{name}_sum", f"{name}_count"}
-    return {name}
-
-
-def text_of(node: ast.expr) -> str:
-    """A name of a metric, or nothing."""
-    is_name = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("baton_")
-    return node.value if is_name else ""  # type: ignore[union-attr,attr-defined]
 
 
 def test_queries_name_metrics_that_the_code_exports():
