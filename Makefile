@@ -33,7 +33,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults test-rolling test-clients test-compose test-observability soak test-alone \
 	check format lint types proto proto-check \
-	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff ci clean
+	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff trace-waterfall ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -124,6 +124,9 @@ bench-handoff: $(VENV)/.ready ## GB/s of the transports, time from announce to c
 
 bench-stream: $(VENV)/.ready ## the frontend beside the peer's: tokens/s, CPU per token, latency (six minutes; STREAM="--no-peer --cases stream-256"); installs the peer
 	@$(BIN)/python bench/stream_beside_peer.py $(STREAM); status=$$?; $(BIN)/python bench/plot_stream.py; exit $$status
+
+trace-waterfall: $(VENV)/.ready ## draw one real trace over all five services: docs/trace-waterfall.svg
+	$(BIN)/python bench/trace_waterfall.py
 
 plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soak: bench/results/handoff.svg
 	$(BIN)/python bench/plot_handoff.py

@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_
 
 @dataclass(frozen=True)
 class Span:
-    """One received span."""
+    """One received span; start_s and end_s in seconds since the epoch, by the clock of the process that made it."""
 
     service: str
     name: str
@@ -18,6 +18,9 @@ class Span:
     span_id: str
     parent_id: str  # "" for a root
     attributes: dict[str, object]
+    start_s: float
+    end_s: float
+    events: list[tuple[str, float]]  # name, seconds since the epoch
 
 
 @dataclass
@@ -51,4 +54,6 @@ class OtlpReceiver(pb_grpc.TraceServiceServicer):
 
 def _span(service: str, span: object) -> Span:
     attributes = {a.key: getattr(a.value, a.value.WhichOneof("value") or "string_value") for a in span.attributes}
-    return Span(service, span.name, span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex(), attributes)
+    ids = span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex()
+    events = [(event.name, event.time_unix_nano / 1e9) for event in span.events]
+    return Span(service, span.name, *ids, attributes, span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9, events)

@@ -3,7 +3,7 @@
 import pytest
 from baton_contracts.discovery.v1.instance_pb2 import Capability
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
-from baton_engine.api import EndReason, SequenceKey, StepOutput, Work
+from baton_engine.api import BlocksReady, EndReason, SequenceKey, StepOutput, Work
 from baton_engine.errors import EngineFailed
 from baton_handoff.ids import EndReason as HandoffEndReason
 from baton_handoff.ids import FailureCause, FetchEnd, FetchHint, FetchOutcome, HandoffEnd, PeerRef
@@ -272,6 +272,8 @@ def test_sampled_attempt_leaves_its_phases_under_the_frontends_span(rig: Rig, wo
         rig.handoffs.complete(KEY)
     rig.step(StepOutput(step=1, started=[KEY]))
     if work == "prefill_for":
+        for step in (2, 3):
+            rig.step(StepOutput(step=step, ready=[BlocksReady(KEY, step - 2, [step], 0, 0.0)]))
         rig.handoffs.end(KEY, HandoffEnd(HandoffEndReason.PREFILLED))
     else:
         rig.dispatcher.first_token(KEY)
@@ -280,7 +282,7 @@ def test_sampled_attempt_leaves_its_phases_under_the_frontends_span(rig: Rig, wo
     last = rig.spans.get_finished_spans()[-1]
     assert f"{last.parent.span_id:016x}" == "b7ad6b7169203331"
     assert (last.attributes["baton.request_id"], last.attributes["baton.attempt"]) == ("f-1", 1)
-    assert [event.name for event in last.events] == ([] if work == "prefill_for" else ["first_token"])
+    assert [event.name for event in last.events] == (["prefill.chunk"] * 2 if work == "prefill_for" else ["first_token"])
 
 
 def test_attempt_that_never_ran_leaves_only_its_queue_span(rig: Rig) -> None:

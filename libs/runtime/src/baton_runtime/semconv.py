@@ -43,6 +43,7 @@ SPAN_DECODE_QUEUE = "decode.queue"
 SPAN_DECODE_GENERATE = "decode.generate"
 SPAN_BOOKS_HANDOFF = "books.handoff"
 EVENT_FIRST_TOKEN = "first_token"
+EVENT_PREFILL_CHUNK = "prefill.chunk"
 
 # Baton's own
 BATON_REQUEST_ID = "baton.request_id"

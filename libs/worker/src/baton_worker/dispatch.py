@@ -185,7 +185,7 @@ class Dispatcher:
     # ---- what happens
 
     def on_started(self, output: StepOutput) -> None:
-        """Sequences that were in a step for the first time. To be called before the tokens of the step go to the frontends."""
+        """Sequences that ran for the first time, prompts that came further. To be called before the step's tokens go to the frontends."""
         for key in output.started:
             attempt = self._attempts.get(key)
             if attempt is not None and not attempt.first_step_at:
@@ -193,6 +193,10 @@ class Dispatcher:
                 self._metrics.queue_wait(attempt.start.request, attempt.first_step_at - attempt.accepted_at)
                 if attempt.spans is not None:
                     attempt.spans.first_step(output.duration_s)
+        for ready in output.ready:
+            attempt = self._attempts.get(ready.key)
+            if attempt is not None and attempt.spans is not None:
+                attempt.spans.chunk()
 
     def on_ended(self, output: StepOutput) -> None:
         """Ends of one step. To be called after the tokens of the step went to the frontends."""

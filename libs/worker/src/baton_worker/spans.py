@@ -1,6 +1,7 @@
 """The spans of one attempt on one worker: queue, then execute or generate. Made at the end, from the times noted on the way."""
 
 import time
+from collections.abc import Sequence
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
 from baton_engine.api import Work
@@ -27,7 +28,7 @@ def outcome(reason: "pb.FinishReason") -> str:
 class AttemptSpans:
     """Times of one sampled attempt. Wall clock, because spans are for people; nothing is decided by them."""
 
-    __slots__ = ("_accepted_ns", "_attributes", "_first_step_ns", "_first_token_ns", "_start", "_tracer")
+    __slots__ = ("_accepted_ns", "_attributes", "_chunks_ns", "_first_step_ns", "_first_token_ns", "_start", "_tracer")
 
     def __init__(self, tracer: Tracer, start: CheckedStart, instance_id: str) -> None:
         self._tracer = tracer
@@ -35,6 +36,7 @@ class AttemptSpans:
         self._accepted_ns = time.time_ns()
         self._first_step_ns = 0
         self._first_token_ns = 0
+        self._chunks_ns: list[int] = []
         key = start.request.key
         self._attributes: dict[str, AttributeValue] = {
             semconv.BATON_REQUEST_ID: key.request_id,
@@ -47,6 +49,10 @@ class AttemptSpans:
     def first_step(self, ago_s: float) -> None:
         """The sequence was in a step for the first time; the step began so long ago."""
         self._first_step_ns = max(self._accepted_ns, time.time_ns() - int(ago_s * 1e9))
+
+    def chunk(self) -> None:
+        """Blocks of the prompt are computed and can be pulled."""
+        self._chunks_ns.append(time.time_ns())
 
     def first_token(self) -> None:
         """The first token was drawn."""
@@ -65,17 +71,22 @@ class AttemptSpans:
         used = finished.usage
         result |= {semconv.BATON_CACHED_TOKENS: used.cached_tokens, semconv.BATON_OUTPUT_TOKENS: used.output_tokens}
         if work is Work.PREFILL_ONLY:
-            return self._emit(semconv.SPAN_PREFILL_EXECUTE, self._first_step_ns, now, result)
+            result[semconv.BATON_CHUNKS] = len(self._chunks_ns)
+            chunks = [(semconv.EVENT_PREFILL_CHUNK, at_ns) for at_ns in self._chunks_ns]
+            return self._emit(semconv.SPAN_PREFILL_EXECUTE, self._first_step_ns, now, result, chunks)
         if work is Work.WHOLE:
             self._emit(semconv.SPAN_PREFILL_EXECUTE, self._first_step_ns, self._first_token_ns or now, {})
         generate_from = self._first_step_ns if work is Work.DECODE_ONLY else self._first_token_ns
         if generate_from:
-            self._emit(semconv.SPAN_DECODE_GENERATE, generate_from, now, result, first_token_ns=self._first_token_ns)
+            first = [(semconv.EVENT_FIRST_TOKEN, self._first_token_ns)] if self._first_token_ns else []
+            self._emit(semconv.SPAN_DECODE_GENERATE, generate_from, now, result, first)
 
-    def _emit(self, name: str, start_ns: int, end_ns: int, attributes: dict[str, AttributeValue], first_token_ns: int = 0) -> None:
+    def _emit(
+        self, name: str, start_ns: int, end_ns: int, attributes: dict[str, AttributeValue], events: Sequence[tuple[str, int]] = ()
+    ) -> None:
         span = self._tracer.start_span(
             name, context_from(self._start.traceparent), attributes=self._attributes | attributes, start_time=start_ns
         )
-        if first_token_ns:
-            span.add_event(semconv.EVENT_FIRST_TOKEN, timestamp=first_token_ns)
+        for event, at_ns in events:
+            span.add_event(event, timestamp=at_ns)
         span.end(end_ns)
