@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "bench")]
 
+import uvloop  # noqa: E402
 from aiohttp import web  # noqa: E402
 from baton_frontend.http_server import HttpServer  # noqa: E402
 from machine import machine  # noqa: E402
@@ -150,7 +151,8 @@ def main() -> None:
     parser.add_argument("--migrate", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role in ("serve", "load"):
-        asyncio.run(serve() if options.role == "serve" else load())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as in services
+            runner.run(serve() if options.role == "serve" else load())
         return
     if options.role == "measure":
         print(json.dumps(measure(options.closes, options.migrate)))

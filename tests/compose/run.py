@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "compose"), str(ROOT / "tests" / "faults")]
+sys.path[:0] = [str(ROOT / "tests" / "compose"), str(ROOT / "tests" / "faults"), str(ROOT / "tests")]
 
 import aiohttp  # noqa: E402
-from baton_cli import up  # noqa: E402
+from baton_cli import certificates, up  # noqa: E402
 from box import SERVICES, call, enter, prepare, say, start_engine  # noqa: E402
 from load import Kind, Load, Oracle  # noqa: E402
 from stack import MODEL, PROFILE, URL, Container, Stack, until  # noqa: E402
+from strangers import ask, secure, welcomed  # noqa: E402
 
 RUN_LIMIT_S = 1200.0
 STOP_LIMIT_S = 5.0
@@ -76,6 +77,7 @@ class Run:
         for service in ("prefill", "decode"):
             yield f"{service} paused", lambda service=service: self.is_paused(service)
         yield "no KV is stranded, the books agree", self.is_balanced
+        yield "compose.tls.yaml: mutual TLS, strangers refused on every port", self.trusts_its_own
         yield "compose.shm.yaml: KV by shared memory between containers", self.shares_memory
         yield f"stop within {STOP_LIMIT_S:g} s, nobody killed", self.stops
 
@@ -93,7 +95,7 @@ class Run:
 
     async def are_accepted(self) -> str:
         """Compose's own loader takes every set of files that the docs name."""
-        for added in ([], ["compose.shm.yaml"], ["compose.gpu.yaml"], ["compose.shm.yaml", "compose.gpu.yaml"]):
+        for added in ([], ["compose.tls.yaml"], ["compose.shm.yaml"], ["compose.gpu.yaml"], ["compose.shm.yaml", "compose.gpu.yaml"]):
             files, self.stack.files = self.stack.files, ["compose.yaml", *added]
             await self.stack.compose("--profile", "observability", "config", "-q")
             self.stack.files = files
@@ -260,6 +262,25 @@ class Run:
 
             await until(f"{name} is 0", is_zero, 30.0)
         return "stranded, pinned, reserved, mismatch: 0 bytes"
+
+    async def trusts_its_own(self) -> str:
+        """The same deployment with certificates: it serves, and answers nobody without one of its CA. It stays so for what follows."""
+        ours, foreign = self.stack.certificates, self.stack.certificates.with_name("foreign")
+        certificates.make(ours, hosts=(*certificates.LOOPBACK, "etcd"))
+        certificates.make(foreign)
+        call("chown", "-R", USER, str(ours))
+        self.stack.files.append("compose.tls.yaml")
+        await self.stack.up("--force-recreate", prefill=2, decode=2)
+        await until("four workers are taken in", self.stack.complete)
+        async with self.load() as load:
+            await until("50 answers", lambda: _is_true(len(load.tally.outcomes) >= 50))
+        containers = await self.stack.containers("etcd", *SERVICES)
+        for container in containers:
+            is_etcd = container.service == "etcd"
+            address = f"{container.address}:{2379 if is_etcd else 7000}"
+            await ask(secure(address, ours, "cli", believed=ours), is_etcd=is_etcd)
+            assert (answered := await welcomed(address, ours, foreign, is_etcd=is_etcd)) == [], f"{container.service}: {answered}"
+        return f"{_told(load)}; {len(containers)} ports refuse whoever has no certificate of the CA"
 
     async def shares_memory(self) -> str:
         """Workers with one /dev/shm between them, one of which is killed and sweeps up what it had left."""

@@ -62,6 +62,7 @@ class Stack:
     def __init__(self, folder: Path, model: Path, http: aiohttp.ClientSession, engine: str, extras: str) -> None:
         self.http = http
         self.files = ["compose.yaml", "compose.ci.yaml"]
+        self.certificates = folder / "tls"
         self._folder = folder / "context/compose"
         self._environment = {
             **os.environ,
@@ -71,6 +72,7 @@ class Stack:
             "BATON_MODEL": str(model),
             "WORKER_EXTRAS": extras,
             "CI_BINARIES": str(folder / "ci"),
+            "BATON_CERTIFICATES": str(folder / "tls"),
         }
 
     async def compose(self, *arguments: str) -> str:

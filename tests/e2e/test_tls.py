@@ -15,15 +15,13 @@ import pytest
 from baton_cli import certificates
 from baton_contracts.discovery.v1 import instance_pb2
 from baton_runtime import tls
-from baton_runtime.etcd import etcd_pb2
 from baton_runtime.rpc import open_channel
 from clients import Answer, stream
 from cluster import Cluster, cluster
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from strangers import ask, secure, welcomed
 
 pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).parents[2]
-ASK_LIMIT_S = 10.0
 BODY = {"model": "test-model", "prompt": list(range(10, 40)), "max_tokens": 20, "ignore_eos": True, "temperature": 0}
 
 
@@ -32,28 +30,6 @@ def plain_again() -> Iterator[None]:
     """Even if a cluster did not come up."""
     yield
     tls.use(None)
-
-
-async def ask(channel: grpc.aio.Channel, *, is_etcd: bool = False) -> None:
-    """One call that every server of the kind answers. Raises: AioRpcError."""
-    async with channel:
-        if is_etcd:
-            method = channel.unary_unary(
-                "/etcdserverpb.KV/Range",
-                request_serializer=etcd_pb2.RangeRequest.SerializeToString,
-                response_deserializer=etcd_pb2.RangeResponse.FromString,
-            )
-            await method(etcd_pb2.RangeRequest(key=b"x"), timeout=ASK_LIMIT_S)
-        else:
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=ASK_LIMIT_S)
-
-
-def secure(address: str, folder: Path, name: str, *, believed: Path) -> grpc.aio.Channel:
-    """A channel that shows the certificate of a name in folder and believes the server of believed's CA; name "": shows none."""
-    files = certificates.files_in(folder, name)
-    shown = (files.key.read_bytes(), files.certificate.read_bytes()) if name else (None, None)
-    credentials = grpc.ssl_channel_credentials((believed / "ca" / "ca.pem").read_bytes(), *shown)
-    return grpc.aio.secure_channel(address, credentials)
 
 
 def servers(house: Cluster) -> dict[str, str]:
@@ -71,15 +47,7 @@ async def test_whoever_has_no_certificate_of_our_ca_is_refused_on_every_grpc_por
         assert {"router-0", "prefill-0", "decode-0", "kvtransfer-0", "etcd"} <= set(servers(house))
         for name, address in servers(house).items():
             await ask(secure(address, ours, "cli", believed=ours), is_etcd=name == "etcd")
-            strangers = {
-                "plain": grpc.aio.insecure_channel(address),
-                "no certificate": secure(address, ours, "", believed=ours),
-                "foreign certificate": secure(address, foreign, "cli", believed=ours),
-            }
-            for kind, channel in strangers.items():
-                with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    await ask(channel, is_etcd=name == "etcd")
-                assert refused.value.code() is grpc.StatusCode.UNAVAILABLE, f"{name}: {kind}"
+            assert await welcomed(address, ours, foreign, is_etcd=name == "etcd") == []
         for name in house.children:
             assert not unknown_ports(house, name)
             assert 80 * 86400 < (await house.metrics(name))["baton_certificate_expiry_seconds"] < 91 * 86400
