@@ -104,7 +104,9 @@ job "baton-decode" {
         # The time of a step is the time between two tokens of every stream in it.
         check "inter_token" {
           source = "prometheus"
-          query  = "histogram_quantile(0.95, sum by (le) (rate(baton_engine_step_seconds_bucket{job='decode'}[2m])))"
+
+          # As for prefill: a number also while nothing runs, and at most half of the instances fewer at a time. It bounds the other check too.
+          query = "clamp_min(histogram_quantile(0.95, sum by (le) (rate(baton_engine_step_seconds_bucket{job='decode'}[2m]))) >= 0 or vector(0), 0.025)"
 
           strategy "target-value" {
             target = 0.05

@@ -103,7 +103,10 @@ job "baton-prefill" {
 
         check "queue_wait" {
           source = "prometheus"
-          query  = "histogram_quantile(0.95, sum by (le) (rate(baton_queue_wait_seconds_bucket{work='prefill_only',priority='interactive'}[2m])))"
+
+          # An idle service has no quantile: NaN, which the autoscaler takes for an error, so 0 stands in. Never less than half the target, or
+          # a short wait would cut eight instances to one: a wait does not grow in step with the load.
+          query = "clamp_min(histogram_quantile(0.95, sum by (le) (rate(baton_queue_wait_seconds_bucket{work='prefill_only',priority='interactive'}[2m]))) >= 0 or vector(0), 0.25)"
 
           # Prompts are to wait half a second at most: twice the wait, twice the instances.
           strategy "target-value" {

@@ -60,9 +60,7 @@ async def serves_drain(house: Cluster, name: str) -> bool:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(
-    "old", [("prefill", "decode"), ("prefill",), ("decode",), ("frontend",), ("router",), ("kvtransfer",)], ids="+".join
-)
+@pytest.mark.parametrize("old", OLD, ids="+".join)
 async def test_requests_are_exact_and_books_balance_beside_the_last_release(tmp_path: Path, old: tuple[str, ...]) -> None:
     async with cluster(tmp_path, environment={"BATON_DECODE_CAN_PREFILL": "false"}, change=as_before(*old)) as house:
         for service in ("prefill", "decode", "frontend", "router", "kvtransfer"):

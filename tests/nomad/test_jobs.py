@@ -3,7 +3,10 @@
 No Nomad runs here: the files are parsed by python-hcl2, and what a scheduler would look up is looked up.
 """
 
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,11 @@ BLOCKS = {
     "template": {"destination", "env", "change_mode", "perms", "uid", "gid", "data"},
     "resources": {"cpu", "memory", "device"},
     "device": {"count"},
+}
+# Of the docker driver.
+DOCKER = {
+    *("image", "command", "args", "network_mode", "ipc_mode", "readonly_rootfs", "cap_drop", "cap_add"),
+    *("pids_limit", "healthchecks", "devices", "ulimit", "mount"),
 }
 LABELLED = {"group", "port", "volume", "task", "scaling_check"}
 
@@ -204,21 +212,64 @@ def test_every_task_has_limits_and_every_etcd_look_up_a_service(path: Path):
     (resources,) = task(path)["resources"]
     assert resources["cpu"] > 0
     assert resources["memory"] > 0
+    assert task(path)["driver"] == "docker"
     (config,) = task(path)["config"]
+    assert config.keys() - DOCKER == set()
     assert config["readonly_rootfs"] is True
     assert config["cap_drop"] == ["all"]
     assert all(name == "baton-etcd" for name in re.findall(r'range \$i, \$s := service "([^"]+)"', path.read_text()))
 
 
-@pytest.mark.parametrize("service", ["prefill", "decode"])
-def test_workers_scale_on_metrics_that_are_exported(service: str):
+def scaling_checks(service: str) -> dict[str, dict[str, Any]]:
+    """By name."""
     (scaling,) = group(file_of(service))["scaling"]
     (policy,) = scaling["policy"]
-    queries = [about["query"] for entry in policy["check"] for about in entry.values()]
+    return {name: about for entry in policy["check"] for name, about in entry.items()}
+
+
+@pytest.mark.parametrize("service", ["prefill", "decode"])
+def test_workers_scale_on_metrics_that_are_exported(service: str):
+    queries = [about["query"] for about in scaling_checks(service).values()]
     assert len(queries) == {"prefill": 1, "decode": 2}[service]
     asked = {name for query in queries for name in re.findall(r"\bbaton_\w+", query)}
     assert asked - exported() == set()
     assert all(service in query for query in queries)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+@pytest.mark.parametrize(
+    ("service", "check", "labels"),
+    [("prefill", "queue_wait", 'work="prefill_only",priority="interactive"'), ("decode", "inter_token", 'job="decode"')],
+)
+def test_times_to_scale_by_are_numbers_also_without_traffic_and_never_under_half_their_target(
+    tmp_path: Path, service: str, check: str, labels: str
+):
+    about = scaling_checks(service)[check]
+    ((strategy,),) = [list(entry.values()) for entry in about["strategy"]]
+    target = float(strategy["target"])
+    (metric,) = re.findall(r"\bbaton_\w+_bucket\b", about["query"])
+
+    def asked(per_interval: dict[str, int], expected: float) -> dict[str, Any]:
+        series = [{"series": f'{metric}{{{labels},le="{bound}"}}', "values": f"0+{count}x40"} for bound, count in per_interval.items()]
+        sample = {"labels": "{}", "value": expected}
+        return {
+            "interval": "15s",
+            "input_series": series,
+            "promql_expr_test": [{"expr": about["query"], "eval_time": "5m", "exp_samples": [sample]}],
+        }
+
+    shorter, longer = str(target / 100), str(target * 100)
+    rules = {
+        "tests": [
+            asked({}, target / 2),  # before the first instance was scraped
+            asked({longer: 0, "+Inf": 0}, target / 2),  # nothing is asked
+            asked({shorter: 10, "+Inf": 10}, target / 2),
+            asked({shorter: 0, longer: 10, "+Inf": 10}, target / 100 + 0.95 * (target * 100 - target / 100)),
+        ]
+    }
+    (tmp_path / "scaling.yml").write_text(json.dumps(rules))
+    done = subprocess.run(["promtool", "test", "rules", "scaling.yml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("service", CONFIGS)
