@@ -66,3 +66,11 @@ def test_a_port_that_cannot_be_reserved_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(click.ClickException, match=f"--port {port}"), up.reserved_port(replace(OPTIONS, port=port)):
             pass
+
+
+def test_sglang_servers_take_whole_requests_only_where_there_is_no_prefill() -> None:
+    for prefill, can_prefill in ((1, "false"), (0, "true")):
+        options = replace(OPTIONS, engine="sglang", counts=OPTIONS.counts | {"prefill": prefill})
+        environment = up.environment_of(options, "decode", "decode-0", "unused")
+        assert (environment["BATON_DECODE_ENGINE"], environment["BATON_DECODE_CAN_PREFILL"]) == ("sglang", can_prefill)
+    assert "BATON_DECODE_CAN_PREFILL" not in up.environment_of(OPTIONS, "decode", "decode-0", "unused")

@@ -47,11 +47,18 @@ def main() -> None:
 
 @main.command()
 @click.option(
-    "--engine", type=click.Choice(["torch", "sim"]), default="torch", show_default=True, help="Real model, or a timed simulation of one."
+    "--engine",
+    type=click.Choice(["torch", "sim", "sglang"]),
+    default="torch",
+    show_default=True,
+    help="Real model, a timed simulation of one, or SGLang servers (set BATON_PREFILL_SGLANG_ARGS and BATON_DECODE_SGLANG_ARGS).",
 )
 @click.option("--profile", default="instant", show_default=True, help="Timing of --engine sim: instant, polynomial, or a file.")
 @click.option(
-    "--model", type=click.Path(path_type=Path), default=None, help="Hugging Face folder (Llama, Qwen2, Qwen3). Default: the demo model."
+    "--model",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Hugging Face folder (torch: Llama, Qwen2, Qwen3). Default: the demo model.",
 )
 @click.option("--served-name", default=None, help="Model name clients use. Default: the folder's name.")
 @click.option("--prefill", type=click.IntRange(0, 64), default=1, show_default=True, help="Prefill processes; 0: decode does everything.")

@@ -69,7 +69,7 @@ def check(options: Options) -> None:
     if (running := state.read(options.folder)) is not None:
         raise click.ClickException(f"a Baton already runs here (pid {running.pid}, {running.url or 'starting'}); stop it with: baton down")
     try:
-        inspect_model_folder(options.model)
+        inspect_model_folder(options.model, any_architecture=options.engine == "sglang")
     except ModelFolderError as error:
         raise click.ClickException(f"--{error}") from error
     for service in SERVICES:
@@ -124,6 +124,8 @@ def environment_of(options: Options, service: str, instance_id: str, etcd: str) 
         settings |= {"engine": options.engine, "model": str(options.model), "served_name": options.served_name, "torch_threads": "1"}
         if options.engine == "sim":
             settings["profile"] = options.profile
+    if service == "decode" and options.engine == "sglang":  # a server takes either whole requests or those handed over
+        settings["can_prefill"] = str(not options.counts["prefill"]).lower()
     if service == "frontend":
         settings["http_listen"] = f"{options.host}:{options.port}"
         settings["http_reuse_port"] = str(options.counts["frontend"] > 1).lower()

@@ -11,6 +11,7 @@ from baton_handoff.handoff_metrics import HandoffMetrics
 from baton_handoff.ids import FailureCause, PeerRef
 from baton_handoff.peer_watch import Beat, PeerWatch
 from baton_handoff.peers import Peers, PeersOwner
+from baton_handoff.pulls import Puller
 from baton_handoff.testing.worker import TEST_LAYOUT, layout_record
 from prometheus_client import CollectorRegistry
 
@@ -26,7 +27,15 @@ class Setup:
         self.owner = Mock(spec=PeersOwner)
         self.owner.notice.side_effect = lambda: self.now
         own = Instance(instance_id="decode-0", incarnation="d1", layout=LAYOUT)
-        self.peers = Peers(self.owner, lambda: own, [], HandoffMetrics(CollectorRegistry()), HandoffConfig(), lambda: self.now)
+        self.peers = Peers(
+            self.owner,
+            lambda: own,
+            [],
+            HandoffMetrics(CollectorRegistry()),
+            HandoffConfig(),
+            lambda: self.now,
+            lambda introductions: Puller([], introductions, lambda: own, open_limit_s=2.0),
+        )
 
     def introduce(self) -> None:
         peer = Instance(instance_id="prefill-0", incarnation="p1", layout=LAYOUT)

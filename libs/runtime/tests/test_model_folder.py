@@ -41,6 +41,24 @@ def write(folder: Path, config: dict[str, Any] | None = None, **files: str) -> P
     return folder
 
 
+def test_an_engine_that_is_not_ours_may_run_what_ours_cannot(tmp_path: Path) -> None:
+    odd = {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}, "dtype": None}
+    odd |= {"layer_types": ["sliding_attention", "full_attention"]}
+    folder = write(tmp_path, odd)
+    with pytest.raises(ModelFolderError, match="GptOssForCausalLM"):
+        inspect_model_folder(folder)
+    assert inspect_model_folder(folder, any_architecture=True).architecture == "GptOssForCausalLM"
+
+
+def test_of_a_model_with_several_parts_the_text_part_counts(tmp_path: Path) -> None:
+    text = {
+        name: CONFIG[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    }
+    outer: dict[str, Any] = dict.fromkeys(text) | {"architectures": ["SomeVisionModel"], "text_config": text}
+    model = inspect_model_folder(write(tmp_path, outer), any_architecture=True)
+    assert (model.architecture, model.num_layers, model.vocab_size) == ("SomeVisionModel", CONFIG["num_hidden_layers"], 100)
+
+
 def test_folder_tells_the_layout(tmp_path: Path) -> None:
     model = inspect_model_folder(write(tmp_path))
     assert (model.num_layers, model.num_kv_heads, model.head_dim, model.dtype) == (3, 2, 16, "bfloat16")

@@ -1,5 +1,6 @@
 import math
 from array import array
+from dataclasses import replace
 
 import pytest
 from baton_contracts.discovery.v1.instance_pb2 import Capability
@@ -55,6 +56,17 @@ def test_prefill_does_not_look_at_sampling() -> None:
     start.prefill_for.decode_incarnation = "di"
     start.sampling.temperature = 9.0
     assert check(start).request.work is Work.PREFILL_ONLY
+
+
+def test_prefill_on_an_engine_that_draws_there_looks_at_sampling() -> None:
+    start = good()
+    start.prefill_for.decode_incarnation = "di"
+    start.sampling.temperature = 0.5
+    limits = replace(LIMITS, info=replace(INFO, handoff="native"))
+    assert check(start, limits).request.sampling.temperature == 0.5
+    start.sampling.temperature = 9.0
+    with pytest.raises(InvalidArgument, match=r"sampling\.temperature"):
+        check(start, limits)
 
 
 def set_field(name: str, value: object) -> "tuple[str, pb.Start]":

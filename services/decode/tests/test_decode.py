@@ -16,6 +16,11 @@ async def test_decode_that_must_not_prefill_takes_no_whole_requests() -> None:
     assert list(DecodeService(DecodeConfig(can_prefill=False)).capabilities) == [pb.CAPABILITY_DECODE_FROM]
 
 
+async def test_an_sglang_server_takes_whole_requests_or_handed_over_ones() -> None:
+    assert list(DecodeService(DecodeConfig(engine="sglang")).capabilities) == [pb.CAPABILITY_WHOLE]
+    assert list(DecodeService(DecodeConfig(engine="sglang", can_prefill=False)).capabilities) == [pb.CAPABILITY_DECODE_FROM]
+
+
 def test_settings_come_from_the_environment() -> None:
     environment = {"BATON_DECODE_TRANSPORTS": "tcp", "BATON_DECODE_MODEL": "/m", "BATON_DECODE_CAN_PREFILL": "false"}
     config = load(DecodeConfig, "decode", environ=environment)

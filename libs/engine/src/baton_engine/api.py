@@ -7,11 +7,11 @@ transport of its own: docs/engine-sglang.md.
 
 import enum
 from array import array
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from baton_engine.blocks import BlockManager
+from baton_engine.blocks import BlockManager, CacheEvents
 from baton_engine.pool import KvPool
 
 
@@ -229,12 +229,26 @@ class StepEngine(Protocol):
         """Sizes now; callable from any thread."""
 
 
+class PrefixCache(Protocol):
+    """What a worker tells routers of an engine's prefix cache."""
+
+    def drain_events(self) -> CacheEvents:
+        """Net change since the last call."""
+
+    def drain_with_hashes(self) -> tuple[CacheEvents, Sequence[bytes]]:
+        """drain_events, and everything cached at the same instant."""
+
+
 class Engine(Protocol):
     """Asynchronous engine, as services see it. All methods are called on the event loop and return at once."""
 
     info: EngineInfo
     pool: KvPool
     blocks: BlockManager
+
+    @property
+    def cache(self) -> PrefixCache:
+        """Its prefix cache; the block manager itself, if the engine keeps its KV in blocks."""
 
     async def open(self) -> None:
         """Start the thread or child process; returns when it can take work."""
@@ -269,3 +283,22 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Sizes now."""
+
+
+class NativeEngine(Engine, Protocol):
+    """An engine that moves KV itself: info.handoff is "native". `blocks` is a mirror, in numbers, of what it keeps; `pool` has no memory.
+
+    A PREFILL_ONLY sequence with request.native hands its KV to whoever meets it in that room; its blocks are ready, all at once, when
+    it has.
+    """
+
+    def receive(self, request: EngineRequest) -> Coroutine[Any, Any, None]:
+        """Meet the source in the room of request.native; returns when the KV is here. DECODE_ONLY; the table is the caller's until
+        `start` takes the sequence over. To be begun as soon as the source may begin: neither side waits for the other to be told.
+
+        When it returns or raises, also CancelledError, nothing writes to the sequence's KV any more, unless it is taken over.
+        Raises: ReceiveFailed; and as start.
+        """
+
+    def unexplained_bytes(self) -> int:
+        """KV that it has kept for over 5 s and no sequence explains. It ends itself (EngineFailed) if that goes on."""

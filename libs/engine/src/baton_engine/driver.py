@@ -44,7 +44,7 @@ class DrivenEngine:
     ) -> None:
         self.info = engine.info
         self.pool = engine.pool
-        self.blocks = engine.blocks
+        self.blocks = self.cache = engine.blocks
         self._engine = engine
         self._max_waiting = max_waiting
         self._max_pending_outputs = max_pending_outputs

@@ -8,6 +8,7 @@ BatonError (runtime)       reason              status
 |     `- ProfileError      PROFILE_INVALID     INVALID_ARGUMENT     a sim profile is not usable
 |- Unavailable
 |  `- EngineFailed         ENGINE_FAILED       UNAVAILABLE          the engine died or was closed
+|- ReceiveFailed           RECEIVE_FAILED      UNAVAILABLE          an engine's own handoff brought no KV
 `- IntegrityError          KV_INTEGRITY        INTERNAL             the block manager's books are wrong: a bug
 StepFailed                 never leaves the engine
 """
@@ -59,6 +60,14 @@ class EngineFailed(Unavailable):
     """The engine has ended; every sequence it had was reported as ended."""
 
     reason = "ENGINE_FAILED"
+
+
+class ReceiveFailed(BatonError):
+    """The source's engine did not hand its KV over; nothing of it may be used. The message is the engine's own."""
+
+    reason = "RECEIVE_FAILED"
+    status = grpc.StatusCode.UNAVAILABLE
+    retryable = True
 
 
 class StepFailed(Exception):

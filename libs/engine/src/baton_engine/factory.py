@@ -58,6 +58,11 @@ class LoadedEngine:
         return DrivenEngine(step_engine, max_waiting=self.max_waiting)
 
 
+def default_hash_block_tokens(block_tokens: int) -> int:
+    """Granularity of the hash chain where none is set."""
+    return block_tokens if block_tokens % DEFAULT_HASH_BLOCK_TOKENS else DEFAULT_HASH_BLOCK_TOKENS
+
+
 def build_engine(
     kind: str,
     model_path: Path | None = None,
@@ -82,7 +87,7 @@ def build_engine(
     long as reading the weights.
     Raises: ConfigError (ProfileError for a profile) naming the setting; ModelFolderError from the torch engine.
     """
-    hash_block_tokens = hash_block_tokens or (block_tokens if block_tokens % DEFAULT_HASH_BLOCK_TOKENS else DEFAULT_HASH_BLOCK_TOKENS)
+    hash_block_tokens = hash_block_tokens or default_hash_block_tokens(block_tokens)
     if block_tokens < 1 or block_tokens % hash_block_tokens:
         raise ConfigError("block_tokens", f"{block_tokens} is not a multiple of hash_block_tokens={hash_block_tokens}")
     limits = SchedulerLimits(block_tokens, max_batch_sequences, max_chunk_tokens, max_mixed_step_s=max_mixed_step_s)

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,12 @@ class BlockLayout:
     block_tokens: int
     num_kv_heads: int
     head_dim: int
-    dtype: str  # "float32", "float16" or "bfloat16"
+    dtype: str  # a key of ITEM_BYTES; the 8-bit ones only where the engine keeps the KV itself
     num_shards: int = 1
 
     def __post_init__(self) -> None:
-        if self.dtype not in _ITEM_BYTES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(_ITEM_BYTES)}")
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
         if self.num_shards < 1 or self.num_kv_heads % self.num_shards:
             raise ValueError(f"{self.num_kv_heads} KV heads cannot be split over {self.num_shards} shards")
 
@@ -37,7 +37,7 @@ class BlockLayout:
     @property
     def item_bytes(self) -> int:
         """Bytes of one value."""
-        return _ITEM_BYTES[self.dtype]
+        return ITEM_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:
@@ -81,6 +81,11 @@ class KvPool:
     def __post_init__(self) -> None:
         if self.data.ndim != 2 or self.data.shape[1] != self.layout.block_bytes or self.data.dtype != np.uint8:
             raise ValueError(f"pool of {self.data.dtype} {self.data.shape} does not hold blocks of {self.layout.block_bytes} bytes")
+
+    @classmethod
+    def without_memory(cls, num_blocks: int, layout: BlockLayout) -> "KvPool":
+        """Sizes only, for an engine that keeps its KV itself: reading gives zeros, writing fails, no memory is taken."""
+        return cls(np.broadcast_to(np.zeros(1, np.uint8), (num_blocks, layout.block_bytes)), layout)
 
     @property
     def num_blocks(self) -> int:

@@ -35,7 +35,7 @@ class CancelEngine:
 @dataclass(frozen=True, slots=True)
 class StartPull:
     """Sink: run one operation, then call `pull_returned` of the book it came from (SinkBook, or FetchSinkBook for a fetch) once, when
-    nothing writes to dest_ids any more."""
+    nothing writes to dest_ids any more. With an engine that moves KV itself, the operation is the whole handoff."""
 
     key: HandoffKey
     operation: int
@@ -43,6 +43,7 @@ class StartPull:
     priority: Priority
     source_ids: tuple[int, ...]
     dest_ids: tuple[int, ...]
+    request: EngineRequest | None = None  # with engines that move KV themselves, instead of ids
 
 
 @dataclass(frozen=True, slots=True)

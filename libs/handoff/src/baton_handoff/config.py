@@ -1,6 +1,6 @@
 """Settings of the handoff: sizes may be set by operators, times are the protocol's and are only changed by tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton_handoff.transports.base import MAX_OPERATION_BYTES
 
@@ -40,6 +40,7 @@ class HandoffConfig:
     fetch_min_limit_s: a fetch gets the time it would take to compute what it is for, but at least so long.
     fetch_pin_share: part of the pool that may be pinned for other workers' fetches, of which max_readers are served at a time.
     max_fetches, max_fetch_pulls: fetches of ours under way, and their operations that run at once (beside max_pulls).
+    is_native: the engine moves KV itself (`for_native_engine`).
     """
 
     look_ahead_tokens: int = 8192
@@ -57,4 +58,19 @@ class HandoffConfig:
     max_fetches: int = 16
     max_fetch_pulls: int = 2
     max_unsent_messages: int = 16384
+    is_native: bool = False
     times: Times = Times()
+
+    def for_native_engine(self) -> "HandoffConfig":
+        """The same for an engine that moves KV itself: it bounds its own transfers, each waits for the prompt to be computed, and nobody
+        reads its blocks."""
+        no_bound = 1 << 30
+        return replace(
+            self,
+            is_native=True,
+            fetch_min_tokens=0,
+            max_pulls=no_bound,
+            max_pulls_per_peer=no_bound,
+            max_readers=no_bound,
+            max_readers_per_sink=no_bound,
+        )

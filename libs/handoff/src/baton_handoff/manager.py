@@ -8,12 +8,14 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 from baton_contracts.discovery.v1.instance_pb2 import Instance
 from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kv_pb
-from baton_engine.api import Engine, EngineBeat, EngineRequest, StepOutput
+from baton_engine.api import Engine, EngineBeat, EngineRequest, NativeEngine, NativeHandoff, StepOutput
 from baton_engine.paged_engine import check_request
 from baton_engine.pool import BlockLayout
 from baton_runtime.discovery import View
@@ -65,10 +67,11 @@ from baton_handoff.messages import (
     FromSink,
     FromSource,
 )
+from baton_handoff.native import NativeReceiver, NativeTransport, room_of
 from baton_handoff.pair_client import PairClient
 from baton_handoff.peer_watch import FenceReason
 from baton_handoff.peers import Peers
-from baton_handoff.pulls import PullKey
+from baton_handoff.pulls import Puller, PullKey
 from baton_handoff.sink import SinkBook
 from baton_handoff.sink_handoff import SinkState
 from baton_handoff.source import SourceBook
@@ -103,12 +106,14 @@ class HandoffManager:
         self._own = instance
         self._transports = transports
         self._tracer = telemetry.tracer
-        self._config = config or HandoffConfig()
+        config = config or HandoffConfig()
+        self._native = cast(NativeEngine, engine) if engine.info.handoff == "native" else None
+        self._config = config.for_native_engine() if self._native is not None else config
         self._clock = clock
         self._layout: BlockLayout = engine.pool.layout
         self._metrics = HandoffMetrics(registry)
         self._fetch_metrics = FetchMetrics(registry)
-        self._peers = Peers(self, instance, transports, self._metrics, self._config, clock)
+        self._peers = Peers(self, instance, transports, self._metrics, self._config, clock, self._make_puller)
         self.servicer = self._peers.servicer
         block_bytes, times = engine.pool.block_bytes, self._config.times
         self.books = BooksClient(
@@ -142,7 +147,8 @@ class HandoffManager:
     async def open(self) -> None:
         """Ready to take Starts. The record must be complete, the transports open."""
         own = self._own()
-        shape = KvShape(own.incarnation, own.model.fingerprint, self._layout, own.model.hash_block_tokens)
+        hash_block_tokens = own.model.hash_block_tokens if self._native is None else 0
+        shape = KvShape(own.incarnation, own.model.fingerprint, self._layout, hash_block_tokens)
         layout_of = self.introductions.layout_of
         self._fetches = Fetches(self._engine.blocks, shape, self._config, self._peers, self._fetch_metrics, self._tracer, self._clock)
         self._source = SourceBook(self._engine.blocks, shape, self._config, layout_of, self._fetches.is_wanted)
@@ -298,8 +304,10 @@ class HandoffManager:
         return self._source.num_queued() + self._sink.num_tickets() if self._is_open else 0
 
     def stranded_bytes(self) -> int:
-        """Bytes pinned or reserved for nobody, or for a peer that is fenced or silent for over 5 s, by the audit."""
-        return self._audit.stranded_blocks(self._clock()) * self._engine.pool.block_bytes
+        """Bytes pinned or reserved for nobody, or for a peer that is fenced or silent for over 5 s, by the audit; and those that an engine
+        which keeps the KV itself cannot explain."""
+        unexplained = self._native.unexplained_bytes() if self._native is not None else 0
+        return self._audit.stranded_blocks(self._clock()) * self._engine.pool.block_bytes + unexplained
 
     def safe_to_stop(self) -> bool:
         """Draining, nothing live, nothing pinned or reserved."""
@@ -463,9 +471,18 @@ class HandoffManager:
         plan = fetches.plan(action.request, action.peer, action.hashes, action.num_tokens)
         self._perform(fetches.start(action.request, action.peer, plan, action.traceparent, on_end, self._clock()))
 
+    def _make_puller(self, introductions: Introductions) -> Puller | NativeReceiver:
+        if self._native is not None:
+            return NativeReceiver(self._native, self._transports[0].name, introductions, self._clock)
+        return Puller(self._transports, introductions, self._own, self._config.times.first_link_s)
+
     def _start_engine(self, action: StartEngine) -> None:
+        request = action.request
+        if self._native is not None:
+            own = cast(NativeTransport, self._transports[0])
+            request = replace(request, native=NativeHandoff(own.address, room_of(action.key)))
         try:
-            self._engine.start(action.request)
+            self._engine.start(request)
         except BatonError as error:
             self._perform(self._source.engine_refused(action.key, error, self._clock()))
 
@@ -517,7 +534,7 @@ class HandoffManager:
 
     def _completed(self, action: Completed) -> None:
         self._starts.pop(action.key.sequence, None)
-        if action.tail_tokens:
+        if action.tail_tokens and self._native is None:
             zero_tail(self._engine.pool.data[action.tail_block], self._layout, action.tail_tokens)
         self._callers.completed(action)
 

@@ -20,6 +20,7 @@ from baton_handoff.ids import FailureCause, HandoffKey, PeerRef
 from baton_handoff.introductions import Introductions
 from baton_handoff.link import LinkOwner
 from baton_handoff.messages import Message
+from baton_handoff.native import NativeReceiver
 from baton_handoff.pair_client import PairClient
 from baton_handoff.pair_servicer import PairServicer, SinkPeer
 from baton_handoff.peer_watch import FenceReason, PeerState
@@ -69,10 +70,11 @@ class Peers:
         metrics: HandoffMetrics,
         config: HandoffConfig,
         clock: Callable[[], float],
+        make_puller: Callable[[Introductions], Puller | NativeReceiver],
     ) -> None:
         self.introductions = Introductions(own)
         self.introductions.subscribe(self._introduced)
-        self.puller = Puller(transports, self.introductions, own, config.times.first_link_s)
+        self.puller = make_puller(self.introductions)
         self.servicer = PairServicer(owner, self.introductions, own, config)
         self.clients: dict[str, PairClient] = {}
         self._rumours: dict[str, str] = {}

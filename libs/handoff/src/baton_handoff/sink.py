@@ -20,7 +20,7 @@ from baton_runtime.errors import BatonError, Draining, QueueFull
 from baton_handoff.actions import Action, Completed, Ended, Report, Send, StartPull
 from baton_handoff.admission import age_order, check_start
 from baton_handoff.config import HandoffConfig
-from baton_handoff.cut import Cut, num_blocks
+from baton_handoff.cut import Cut, Ids, num_blocks
 from baton_handoff.ids import (
     ConfirmAnswer,
     EndReason,
@@ -264,13 +264,14 @@ class SinkBook:
             handoff.source_ids += message.block_ids[known:]
             handoff.last_chunk_blocks = len(message.block_ids) - known
             handoff.cached_tokens = message.cached_tokens
+            self._ask(handoff)  # with a native engine the KV may have been here before
 
     def _start_pulls(self) -> None:
         """Start what may run, oldest first, batch ones as if younger, within the limits in all and per peer."""
         free = self._config.max_pulls - len(self._running)
         if free <= 0:
             return
-        waiting = sorted((h for h in self._begun.values() if h.is_pullable), key=lambda h: age_order(h, self._config.times))
+        waiting = sorted((h for h in self._begun.values() if self._is_pullable(h)), key=lambda h: age_order(h, self._config.times))
         busy: dict[str, int] = {}
         for handoff in self._running.values():
             busy[handoff.peer.incarnation] = busy.get(handoff.peer.incarnation, 0) + 1
@@ -281,19 +282,32 @@ class SinkBook:
                 free -= 1
                 self._start_pull(handoff)
 
+    def _is_pullable(self, handoff: SinkHandoff) -> bool:
+        """Engines with a handoff of their own meet as soon as both may begin, before anything is computed."""
+        end = handoff.cut.num_source_blocks if self._config.is_native else handoff.announced
+        return handoff.state is SinkState.PULLING and not handoff.operation and handoff.pulled < end
+
     def _start_pull(self, handoff: SinkHandoff) -> None:
+        if self._config.is_native:
+            return self._start_operation(handoff, handoff.cut.num_source_blocks, (), (), handoff.request)
         operation_blocks = max(1, self._config.operation_bytes // handoff.cut.source.block_bytes)
         start, end = handoff.pulled, min(handoff.announced, handoff.pulled + operation_blocks)
+        blocks = handoff.source_ids[start - handoff.first : end - handoff.first]
+        source_ids, dest_ids = handoff.cut.units(start, blocks, self._blocks.table(handoff.key.sequence))
+        self._start_operation(handoff, end, source_ids, dest_ids)
+
+    def _start_operation(
+        self, handoff: SinkHandoff, end: int, source_ids: Ids, dest_ids: Ids, request: EngineRequest | None = None
+    ) -> None:
         self._last_operation += 1
         handoff.operation, handoff.pull_end = self._last_operation, end
         self._running[handoff.operation] = handoff
-        blocks = handoff.source_ids[start - handoff.first : end - handoff.first]
-        source_ids, dest_ids = handoff.cut.units(start, blocks, self._blocks.table(handoff.key.sequence))
-        self._out.append(StartPull(handoff.key, handoff.operation, handoff.peer.incarnation, handoff.priority, source_ids, dest_ids))
+        peer = handoff.peer.incarnation
+        self._out.append(StartPull(handoff.key, handoff.operation, peer, handoff.priority, source_ids, dest_ids, request))
 
     def _ask(self, handoff: SinkHandoff) -> None:
-        if handoff.asked > handoff.confirmed or handoff.pulled == handoff.confirmed:
-            return  # one Confirm is in flight, or there is nothing to ask
+        if handoff.asked > handoff.confirmed or handoff.pulled == handoff.confirmed or handoff.pulled > handoff.announced:
+            return  # one Confirm is in flight, or there is nothing to ask, or the source does not know yet that it is done
         assert handoff.tags is not None, "a ticket asks nothing"
         handoff.asked, handoff.asked_tag = handoff.pulled, handoff.tags.at(handoff.pulled)
         self._send(handoff, Confirm(handoff.key, handoff.asked, handoff.asked_tag))

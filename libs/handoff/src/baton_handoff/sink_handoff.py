@@ -30,7 +30,7 @@ class SinkHandoff(Waiting):
     [first, confirmed)     confirmed by the source
     [confirmed, pulled)    bytes read; asked is the end of the Confirm in flight (= confirmed: none is)
     [pulled, announced)    may be pulled
-    [announced, end)       not computed yet
+    [announced, end)       not computed yet; with engines that move KV themselves pulled may be ahead of announced
 
     In our own blocks, [0, num_blocks) of the sequence and our table: [0, committed) cached or filled by what is confirmed,
     [committed, num_blocks) reserved.
@@ -70,8 +70,3 @@ class SinkHandoff(Waiting):
     def committed_tokens(self) -> int:
         """Leading tokens whose KV is ours to keep."""
         return min(self.committed * self.cut.own.block_tokens, self.num_tokens)
-
-    @property
-    def is_pullable(self) -> bool:
-        """Whether an operation could start now."""
-        return self.state is SinkState.PULLING and not self.operation and self.pulled < self.announced

@@ -16,7 +16,10 @@ TAG_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What the books must know of the worker's KV: identity of the model, block sizes. fingerprint as in Model.fingerprint."""
+    """What the books must know of the worker's KV: identity of the model, block sizes. fingerprint as in Model.fingerprint.
+
+    hash_block_tokens: 0: no block is ever shared, because the engine keeps the KV itself.
+    """
 
     incarnation: str
     fingerprint: str
@@ -39,6 +42,8 @@ class KvShape:
 
     def hashes(self, request: EngineRequest) -> list[bytes]:
         """Hashes of the full blocks of what is handed over (all tokens but the last). Raises: InvalidArgument."""
+        if not self.hash_block_tokens:
+            return []
         handed_over = request.token_ids[: request.num_kv_tokens]
         return block_hashes(request.cache_root, handed_over, self.hash_block_tokens, self.block_tokens)
 

@@ -32,10 +32,9 @@ def die_with_parent(command: list[str], number: signal.Signals) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(int(number)), *command]
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago; prefer port 0 where the bound port can be learned."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of that address that was free a moment ago; prefer port 0 where the bound port can be learned."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         port: int = probe.getsockname()[1]
         return port
 

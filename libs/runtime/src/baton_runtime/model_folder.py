@@ -25,7 +25,7 @@ _SAMPLE_BYTES = 64 << 10
 _NUM_SAMPLES = 256
 
 
-_T = TypeVar("_T", bound=msgspec.Struct)
+_T = TypeVar("_T")
 
 
 class ModelFolderError(ConfigError):
@@ -88,9 +88,10 @@ class _WeightIndex(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def inspect_model_folder(path: Path | str) -> ModelFolder:
+def inspect_model_folder(path: Path | str, *, any_architecture: bool = False) -> ModelFolder:
     """Check a folder and tell what is in it. Reads small files, safetensors headers and at most 80 MiB of weights per file.
 
+    any_architecture: for an engine that is not ours, and judges itself what it can run.
     Raises: ModelFolderError naming every missing file, or the unsupported feature, with what is supported.
     """
     folder = Path(path)
@@ -101,17 +102,19 @@ def inspect_model_folder(path: Path | str) -> ModelFolder:
     missing += [file.name for file in weight_files if not file.is_file()] or ([] if weight_files else ["model.safetensors"])
     if missing:
         raise ModelFolderError(f"{folder}: missing {', '.join(missing)}")
-    config = _decode(folder / "config.json", _Config)
-    _refuse_unsupported(folder, config)
+    config = _model_config(folder)
+    if not any_architecture:
+        _refuse_unsupported(folder, config)
     stored_dtype, num_parameters = _stored_weights(weight_files)
+    dtype = config.dtype or config.torch_dtype or stored_dtype
     tokenizer_config = _tokenizer_config(folder)
     return ModelFolder(
         path=folder,
-        architecture=config.architectures[0],
+        architecture=config.architectures[0] if config.architectures else "",
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
-        dtype=_checked_dtype(folder, config.dtype or config.torch_dtype or stored_dtype),
+        dtype=dtype if any_architecture else _checked_dtype(folder, dtype),
         max_model_tokens=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         eos_token_ids=_eos_token_ids(folder, config),
@@ -139,6 +142,16 @@ def _decode(file: Path, kind: type[_T]) -> _T:
         return msgspec.json.decode(file.read_bytes(), type=kind)
     except msgspec.DecodeError as error:
         raise ModelFolderError(f"{file}: {error}") from error
+
+
+def _model_config(folder: Path) -> _Config:
+    """config.json; of a model with several parts, that of its text part."""
+    raw = _decode(folder / "config.json", dict[str, Any])
+    own_names = {name: raw[name] for name in ("architectures", "dtype", "torch_dtype") if raw.get(name)}
+    try:
+        return msgspec.convert(raw | (raw.get("text_config") or {}) | own_names, _Config)
+    except msgspec.ValidationError as error:
+        raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

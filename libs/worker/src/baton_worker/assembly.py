@@ -1,21 +1,35 @@
 """From settings to an engine on its memory, and to the record other services see. Blocking: called in a thread."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from baton_contracts.discovery.v1.instance_pb2 import Capability, Instance, KvLayout, Model, Service, TransportOffer
 from baton_engine.api import Engine
 from baton_engine.errors import ProfileError
-from baton_engine.factory import LoadedEngine, build_engine
+from baton_engine.factory import LoadedEngine, build_engine, default_hash_block_tokens
 from baton_engine.hf_model import memory_limit_bytes
 from baton_engine.pool import BlockLayout, KvPool
+from baton_handoff.native import NativeTransport
 from baton_handoff.transports import PoolMemory, Transport, make_transports, sweep_stale
 from baton_runtime.errors import ConfigError
-from baton_runtime.rpc import split_address
+from baton_runtime.rpc import advertised_address, split_address
 
 from baton_worker.config import WorkerConfig
+
+if TYPE_CHECKING:
+    from baton_engine.sglang.engine import SglangEngine
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedEngine:
+    """An open engine, how its prefixes are hashed, and the ways of handing its KV over, not yet open."""
+
+    engine: Engine
+    hash_block_tokens: int
+    transports: list[Transport]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,57 @@ def transports_of(config: WorkerConfig, service: str, made: EngineMemory, incarn
         raise ConfigError(f"{service}.transports", str(error)) from error
 
 
+def make_sglang(config: WorkerConfig, service: str, capabilities: Collection["Capability"]) -> "SglangEngine":
+    """An SGLang server of the mode that fits what the instance may be given, not yet started.
+
+    Raises: ConfigError naming model, or a setting of sglang.
+    """
+    try:
+        from baton_engine.sglang.child import SglangSettings
+        from baton_engine.sglang.engine import SglangEngine, read_folder
+    except ImportError as error:
+        raise ConfigError(f"{service}.engine", f"sglang needs the extra baton-engine[sglang]: {error}") from error
+    if config.model is None:
+        raise ConfigError(f"{service}.model", "the sglang engine needs a model folder")
+    host, port = split_address(config.transfer_listen)
+    settings = SglangSettings(
+        model=config.model.resolve(),
+        mode=_sglang_mode(capabilities),
+        command=config.sglang_command,
+        args=config.sglang_args,
+        host=host.strip("[]"),
+        bootstrap_port=port or 0,
+        page_size=config.block_tokens,
+        hash_block_tokens=sglang_hash_block_tokens(config),
+        loads_tokenizer=config.sglang_tokenizer,
+        start_s=config.sglang_start_s,
+        pinned_s=config.sglang_pinned_s,
+        max_waiting=config.max_waiting,
+    )
+    try:
+        return SglangEngine(settings, read_folder(settings))
+    except ConfigError as error:
+        raise _named(service, error) from error
+
+
+def sglang_hash_block_tokens(config: WorkerConfig) -> int:
+    """hash_block_tokens, or what stands in for it, by the rule of our own engines."""
+    return config.hash_block_tokens or default_hash_block_tokens(config.block_tokens)
+
+
+def native_transport(config: WorkerConfig, engine: "SglangEngine") -> NativeTransport:
+    """What an open SGLang server offers to others."""
+    host, _ = split_address(config.advertise)
+    port = engine.bootstrap_port
+    return NativeTransport(engine.handoff_name, advertised_address(config.transfer_listen, port, host) if port else "")
+
+
+def _sglang_mode(capabilities: Collection["Capability"]) -> str:
+    if Capability.CAPABILITY_PREFILL_FOR in capabilities:
+        return "prefill"
+    return "null" if Capability.CAPABILITY_WHOLE in capabilities else "decode"
+
+
 def instance_record(
     config: WorkerConfig,
     *,
@@ -98,12 +163,12 @@ def instance_record(
     incarnation: str,
     grpc_address: str,
     metrics_address: str,
-    loaded: LoadedEngine,
+    opened: OpenedEngine,
     transports: Sequence[Transport],
     capabilities: Sequence["Capability"],
 ) -> Instance:
     """What this worker says about itself in discovery. transports are open."""
-    info = loaded.info
+    info = opened.engine.info
     return Instance(
         service=service,
         instance_id=instance_id,
@@ -118,11 +183,11 @@ def instance_record(
             served_name=config.name_for_clients,
             fingerprint=info.fingerprint,
             path=str(config.model.resolve()) if config.model is not None else "",
-            hash_block_tokens=loaded.hash_block_tokens,
+            hash_block_tokens=opened.hash_block_tokens,
             max_model_tokens=info.max_model_tokens,
             vocab_size=info.vocab_size,
         ),
-        layout=layout_message(loaded.layout),
+        layout=layout_message(opened.engine.pool.layout),
         transports=[TransportOffer(name=transport.name, parameters=transport.offer()) for transport in transports],
         capabilities=capabilities,
     )

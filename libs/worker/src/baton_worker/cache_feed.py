@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from baton_contracts.worker.v1 import worker_service_pb2 as pb
-from baton_engine.api import StepOutput
-from baton_engine.blocks import BlockManager, CacheEvents
+from baton_engine.api import PrefixCache, StepOutput
+from baton_engine.blocks import CacheEvents
 
 MAX_SAMPLES = 32  # of one message; proto/baton/worker/v1/worker_service.proto
 
@@ -110,8 +110,8 @@ class Subscriber:
 class CacheFeed:
     """All subscribers. Call `collect` after steps and before messages; it moves the block manager's events to all of them."""
 
-    def __init__(self, blocks: BlockManager, limits: FeedLimits | None = None) -> None:
-        self._blocks = blocks
+    def __init__(self, cache: PrefixCache, limits: FeedLimits | None = None) -> None:
+        self._cache = cache
         self._limits = limits if limits is not None else FeedLimits()
         self._subscribers: set[Subscriber] = set()
 
@@ -132,7 +132,7 @@ class CacheFeed:
 
     def collect(self) -> None:
         """Take what changed from the block manager and tell every subscriber; without one the events end here."""
-        self._apply(self._blocks.drain_events())
+        self._apply(self._cache.drain_events())
 
     def on_output(self, output: StepOutput) -> None:
         """One step was done: a sample for everyone who fits speeds."""
@@ -156,7 +156,7 @@ class CacheFeed:
 
     def _hashes(self) -> Sequence[bytes]:
         """Everything cached now; all changes up to now have been told."""
-        events, hashes = self._blocks.drain_with_hashes()
+        events, hashes = self._cache.drain_with_hashes()
         self._apply(events)
         return hashes
 

@@ -71,7 +71,7 @@ class WorkerCore:
         self.dispatcher = Dispatcher(instance_id, engine, handoffs, limits, self._metrics, tracer, clock)
         self.frontends = Frontends(instance_id, incarnation, self.dispatcher, attach_limits)
         self.dispatcher.on_end = self.frontends.end
-        self.feed = CacheFeed(engine.blocks)
+        self.feed = CacheFeed(engine.cache)
         self.state = WorkerState(instance_id, incarnation, engine, self.dispatcher, handoffs)
         self.stall_watch = LoopStallWatch(on_stall=self._on_stall)
         attach = AttachHandler(self.frontends, self.state.beat, self.stall_watch.check, clock)

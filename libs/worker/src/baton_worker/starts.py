@@ -71,6 +71,8 @@ def check_start(start: pb.Start, limits: StartLimits) -> CheckedStart:
     work, peer = _work(start, limits)
     token_ids = _token_ids(start, limits, work)
     num_delivered = len(token_ids) - start.num_prompt_tokens
+    # Our own engines sample nothing where they prefill, so nothing of it is looked at there; others draw the first token there.
+    is_sampled = work is not Work.PREFILL_ONLY or limits.info.handoff == "native"
     request = EngineRequest(
         key=SequenceKey(start.request_id, start.attempt),
         token_ids=token_ids,
@@ -78,8 +80,7 @@ def check_start(start: pb.Start, limits: StartLimits) -> CheckedStart:
         cache_root=start.cache_root,
         work=work,
         priority=Priority(start.priority),
-        # prefill samples nothing, so nothing of it is looked at there
-        sampling=SamplingParams() if work is Work.PREFILL_ONLY else check_sampling(start.sampling, limits.info.vocab_size, num_delivered),
+        sampling=check_sampling(start.sampling, limits.info.vocab_size, num_delivered) if is_sampled else SamplingParams(),
     )
     deadline_s = start.deadline_ms / 1000 if start.deadline_ms else None
     return CheckedStart(request, peer, start.traceparent, deadline_s, _fetch_hint(start, work))

@@ -276,7 +276,7 @@ class FakeEngine:
         layout = BlockLayout(num_layers=1, block_tokens=block_tokens, num_kv_heads=1, head_dim=2, dtype="float32")
         self.info = EngineInfo(max_model_tokens=4096, vocab_size=1 << 20, eos_token_ids=frozenset(), fingerprint="f")
         self.pool = KvPool(np.zeros((num_blocks, layout.block_bytes), np.uint8), layout)
-        self.blocks = BlockManager(num_blocks)
+        self.blocks = self.cache = BlockManager(num_blocks)
         self.refuse: BatonError | None = None
         self.live: dict[SequenceKey, EngineRequest] = {}
         self.cancelled: list[SequenceKey] = []

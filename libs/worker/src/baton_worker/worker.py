@@ -10,7 +10,6 @@ from typing import ClassVar, cast
 from baton_contracts.discovery.v1.instance_pb2 import Capability, Instance
 from baton_contracts.discovery.v1.instance_pb2 import Service as ServiceKind
 from baton_contracts.worker.v1 import handoff_service_pb2_grpc, worker_service_pb2_grpc
-from baton_engine.api import Engine
 from baton_handoff.config import HandoffConfig
 from baton_handoff.manager import HandoffManager
 from baton_handoff.transports import Transport, TransportUnavailable
@@ -24,7 +23,17 @@ from baton_runtime.metrics import MetricsServer
 from baton_runtime.rpc import GrpcServer
 from baton_runtime.telemetry import Telemetry, configure_telemetry
 
-from baton_worker.assembly import EngineMemory, allocate, bind_engine, instance_record, load_engine, transports_of
+from baton_worker.assembly import (
+    OpenedEngine,
+    allocate,
+    bind_engine,
+    instance_record,
+    load_engine,
+    make_sglang,
+    native_transport,
+    sglang_hash_block_tokens,
+    transports_of,
+)
 from baton_worker.config import WorkerConfig
 from baton_worker.core import WorkerCore
 
@@ -73,8 +82,9 @@ class Worker(Service, abc.ABC):
         discovery = Discovery(config.etcd, config.etcd_namespace)
         await discovery.start()
         self.closing.push_async_callback(discovery.close)  # 8: also takes the record out, if the drain has not
-        made, engine = await self._open_engine()
-        transports = await open_transports(transports_of(config, self.name, made, self.incarnation), self.name, self.closing)
+        opened = await self._open_sglang() if config.engine == "sglang" else await self._open_engine()
+        engine = opened.engine
+        transports = await open_transports(opened.transports, self.name, self.closing)
         server = self._server = GrpcServer(config.listen, config.advertise)
         handoffs = HandoffManager(
             engine=engine,
@@ -115,7 +125,7 @@ class Worker(Service, abc.ABC):
             incarnation=self.incarnation,
             grpc_address=grpc_address,
             metrics_address=metrics_address,
-            loaded=made.loaded,
+            opened=opened,
             transports=transports,
             capabilities=self.capabilities,
         )
@@ -150,7 +160,7 @@ class Worker(Service, abc.ABC):
         self.closing.push_async_callback(telemetry.close)  # 10: last, it takes the others' spans
         return telemetry
 
-    async def _open_engine(self) -> tuple[EngineMemory, Engine]:
+    async def _open_engine(self) -> OpenedEngine:
         """Read weights, take memory, start the engine. Loading and warming up take seconds: in a thread."""
         config = self.worker_config
         loaded = await asyncio.to_thread(load_engine, config, self.name)
@@ -159,7 +169,15 @@ class Worker(Service, abc.ABC):
         engine = await asyncio.to_thread(bind_engine, made, self.name)
         await engine.open()
         self.closing.push_async_callback(engine.close)  # 6
-        return made, engine
+        return OpenedEngine(engine, made.loaded.hash_block_tokens, transports_of(config, self.name, made, self.incarnation))
+
+    async def _open_sglang(self) -> OpenedEngine:
+        """Start a server and wait for it: that takes up to minutes, in which it may be ended."""
+        config = self.worker_config
+        engine = await asyncio.to_thread(make_sglang, config, self.name, self.capabilities)
+        self.closing.push_async_callback(engine.close)  # 6
+        await engine.open()
+        return OpenedEngine(engine, sglang_hash_block_tokens(config), [native_transport(config, engine)])
 
     def _run_tasks(self, core: WorkerCore) -> None:
         for work, name in ((core.run_engine(), "engine"), (core.run_clock(), "clock"), (core.stall_watch.run(), "stall watch")):

@@ -9,7 +9,8 @@ from baton_worker.config import WorkerConfig
 class DecodeConfig(WorkerConfig):
     """See WorkerConfig.
 
-    can_prefill: whether this instance may be given whole requests, prompt and answer; also what the frontend falls back to.
+    can_prefill: whether this instance may be given whole requests, prompt and answer; also what the frontend falls back to. sglang: a
+        server takes either whole requests (true) or the answers of prompts handed over (false).
     """
 
     can_prefill: bool = True

@@ -24,9 +24,11 @@ class DecodeService(Worker):
 
     @property
     def capabilities(self) -> Sequence["Capability"]:
-        """Answers, to prompts read elsewhere and, unless told not to, to prompts it reads itself."""
-        decode = [Capability.CAPABILITY_DECODE_FROM]
-        return [*decode, Capability.CAPABILITY_WHOLE] if self.config.can_prefill else decode
+        """Answers, to prompts read elsewhere and, unless told not to, to prompts it reads itself; of an SGLang server one or the other."""
+        decode, whole = Capability.CAPABILITY_DECODE_FROM, Capability.CAPABILITY_WHOLE
+        if self.config.engine == "sglang":
+            return [whole] if self.config.can_prefill else [decode]
+        return [decode, whole] if self.config.can_prefill else [decode]
 
 
 def main() -> None:

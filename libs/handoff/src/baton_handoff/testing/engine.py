@@ -148,7 +148,7 @@ class FakeEngine:
     ) -> None:
         self.info = EngineInfo(max_model_tokens=1 << 20, vocab_size=1 << 16, eos_token_ids=frozenset(), fingerprint=fingerprint)
         self.pool = pool
-        self.blocks = BlockManager(num_blocks)
+        self.blocks = self.cache = BlockManager(num_blocks)
         self.is_paused = False
         self.beat_age_s = 0.0
         self._mini = MiniEngine(self.blocks, layout.block_tokens, self._fill, chunk_blocks, hash_block_tokens)

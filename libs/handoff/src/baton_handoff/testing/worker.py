@@ -22,8 +22,10 @@ from prometheus_client import CollectorRegistry
 from baton_handoff.config import HandoffConfig
 from baton_handoff.ids import FetchEnd, FetchHint, HandoffComplete, HandoffEnd, PeerRef
 from baton_handoff.manager import HandoffManager
+from baton_handoff.native import NativeTransport
 from baton_handoff.testing.engine import FakeEngine
 from baton_handoff.testing.loopback import LoopbackNetwork, LoopbackTransport
+from baton_handoff.testing.native import NativeFakeEngine, Rooms
 
 TEST_LAYOUT = BlockLayout(num_layers=2, block_tokens=4, num_kv_heads=1, head_dim=2, dtype="float32")
 ROOT = b"r" * 16
@@ -60,8 +62,10 @@ class TestWorker:
         listen: str = "127.0.0.1:0",
         fingerprint: str = "f" * 16,
         hash_block_tokens: int = 0,
+        rooms: Rooms | None = None,
     ) -> None:
-        """hash_block_tokens: granularity of the hash chain; 0: the layout's block size."""
+        """hash_block_tokens: granularity of the hash chain; 0: the layout's block size. rooms: its engine moves KV itself, in these."""
+        self._rooms = rooms
         self._hash_block_tokens = hash_block_tokens or layout.block_tokens
         self.name = name
         self.incarnation = new_incarnation()
@@ -83,11 +87,7 @@ class TestWorker:
         self.record = Instance()
 
     async def __aenter__(self) -> "TestWorker":
-        pool = KvPool(np.full((self._num_blocks, self._layout.block_bytes), 255, np.uint8), self._layout)
-        self.engine = FakeEngine(
-            self._num_blocks, self._layout, pool, fingerprint=self._fingerprint, hash_block_tokens=self._hash_block_tokens
-        )
-        self.transport = LoopbackTransport(self._network, pool, self.incarnation)
+        self._make_engine()
         await self.transport.open()
         server = GrpcServer(self._listen)
         self.manager = HandoffManager(
@@ -109,7 +109,7 @@ class TestWorker:
             grpc_address=address,
             model=Model(served_name="m", fingerprint=self._fingerprint, hash_block_tokens=self._hash_block_tokens),
             layout=layout_record(self._layout),
-            transports=[TransportOffer(name="loopback", parameters=self.transport.offer())],
+            transports=[TransportOffer(name=self.transport.name, parameters=self.transport.offer())],
         )
         self._stack.push_async_callback(server.close)
         await self.manager.open()
@@ -120,6 +120,19 @@ class TestWorker:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    def _make_engine(self) -> None:
+        self.engine: FakeEngine | NativeFakeEngine
+        self.transport: LoopbackTransport | NativeTransport
+        if self._rooms is not None:
+            self.engine = NativeFakeEngine(self._num_blocks, self._layout, self._fingerprint, self._rooms)
+            self.transport = NativeTransport("fake-1-rooms", f"{self.name}:1")
+            return
+        pool = KvPool(np.full((self._num_blocks, self._layout.block_bytes), 255, np.uint8), self._layout)
+        self.engine = FakeEngine(
+            self._num_blocks, self._layout, pool, fingerprint=self._fingerprint, hash_block_tokens=self._hash_block_tokens
+        )
+        self.transport = LoopbackTransport(self._network, pool, self.incarnation)
 
     async def _run_engine(self) -> None:
         async for output in self.engine.outputs():
