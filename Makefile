@@ -31,7 +31,7 @@ ALONE := tests --ignore tests/e2e
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-unit test-e2e test-slow test-faults test-rolling test-clients test-compose test-observability soak test-alone \
+.PHONY: help up test test-unit test-e2e test-slow test-faults test-rolling test-clients test-compose test-sglang test-observability soak test-alone \
 	check format lint types proto proto-check \
 	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff trace-waterfall ci clean
 
@@ -56,6 +56,13 @@ $(VENV)-clients/%/.ready: tests/thirdparty/requirements-%.txt
 	@echo "setting up $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+# Another engine's packages: a list that is complete, and asks for nothing more.
+$(VENV)-sglang/.ready: tests/sglang/requirements.txt
+	@echo "setting up $(@D): SGLang on a CPU, 3.6 GB (some minutes)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/pip install -q --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 up: $(VENV)/.ready ## start Baton: five services, etcd, the demo model (MODEL=folder for a real one)
@@ -87,6 +94,9 @@ test-clients: $(VENV)/.ready $(VENV)-clients/sdk/.ready $(VENV)-clients/aiperf/.
 
 test-compose: $(VENV)/.ready ## compose/ run for real on a container engine of its own: scale, kill, cut off, pause, stop (root, Debian 12; four minutes; docs/compose.md)
 	$(BIN)/python tests/compose/run.py $(COMPOSE)
+
+test-sglang: $(VENV)/.ready $(VENV)-sglang/.ready ## SGLang servers as engines, alone and in pairs, on CPU: exact, cancelled, killed, KV held on to (docs/engine-sglang.md)
+	BATON_SGLANG_PYTHON=$(VENV)-sglang/bin/python $(BIN)/pytest tests/sglang
 
 test-observability: $(VENV)/.ready ## a real Prometheus scrapes a cluster; every dashboard and alert query returns data; writes docs/dashboard-queries.md
 	$(BIN)/python tests/compose/observe.py --markdown docs/dashboard-queries.md
@@ -147,4 +157,4 @@ ci: ## what continuous integration runs
 	bash .ci/run
 
 clean: ## remove environments and run data
-	rm -rf $(VENV) $(VENV)-proto $(VENV)-clients .baton build
+	rm -rf $(VENV) $(VENV)-proto $(VENV)-clients $(VENV)-sglang .baton build

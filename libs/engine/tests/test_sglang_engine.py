@@ -243,6 +243,7 @@ async def test_receiving_that_is_cancelled_returns_when_the_server_has_ended_it(
             await receiving
         (load,) = await bench.loads()
         assert load.num_running_reqs == 0
+        assert bench.engine.stats().running_sequences == 0
         assert asked.key not in bench.ends  # it never was the engine's
 
 

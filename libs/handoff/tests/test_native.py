@@ -111,6 +111,22 @@ async def test_a_cancel_on_either_side_reaches_both_engines(at: str) -> None:
         await pair.quiet()
 
 
+async def test_blocks_stay_reserved_until_the_engine_has_let_go_however_often_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with make_pair(moves=False) as pair:
+        pair.place()
+        room = await pair.both_there()
+        room.may_let_go.clear()
+        pair.d.manager.cancel("r", 1, "CLIENT_GONE")
+        await wait_until(lambda: "r" in pair.d.ends)
+        told: list[int] = []
+        tell = pair.d.manager._peers.puller.end_unwanted
+        monkeypatch.setattr(pair.d.manager._peers.puller, "end_unwanted", lambda keys, now: (told.append(len(keys)), tell(keys, now)))
+        await wait_until(lambda: told.count(1) >= 3)
+        assert pair.d.engine.blocks.counts().reserved == 5
+        room.may_let_go.set()
+        await pair.quiet()
+
+
 async def test_a_transfer_that_fails_ends_the_handoff_on_both_sides() -> None:
     async with make_pair(moves=False) as pair:
         pair.place()

@@ -296,7 +296,7 @@ class NativeEngine(Engine, Protocol):
         """Meet the source in the room of request.native; returns when the KV is here. DECODE_ONLY; the table is the caller's until
         `start` takes the sequence over. To be begun as soon as the source may begin: neither side waits for the other to be told.
 
-        When it returns or raises, also CancelledError, nothing writes to the sequence's KV any more, unless it is taken over.
+        When it returns or raises, also CancelledError after one cancel, nothing writes to its KV any more, unless it is taken over.
         Raises: ReceiveFailed; and as start.
         """
 

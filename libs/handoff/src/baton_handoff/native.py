@@ -95,13 +95,13 @@ class NativeReceiver:
         self.links.pop(incarnation, None)
         for peer, task in list(self._running.values()):
             if peer == incarnation:
-                task.cancel()
+                _cancel_once(task)
 
     def end_unwanted(self, unwanted: Iterable[PullKey], now: float) -> None:
         """See Puller; at once, for the engine would wait for the other side."""
         for key in unwanted:
             if key in self._running:
-                self._running[key][1].cancel()
+                _cancel_once(self._running[key][1])
 
     async def run(self, start: StartPull) -> PullResult:
         """See Puller. duration_s of the result includes the time in which the source computed."""
@@ -117,7 +117,7 @@ class NativeReceiver:
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
-            task.cancel()
+            _cancel_once(task)
             await asyncio.wait({task})
             raise
         finally:
@@ -149,3 +149,9 @@ class NativeReceiver:
         stats = PullStats(num_bytes, 1, duration_s)
         self.links.setdefault(start.peer_incarnation, LinkStats(self._name, "the engines move KV themselves")).pulled(stats)
         return PullResult(stats)
+
+
+def _cancel_once(task: "asyncio.Task[None]") -> None:
+    """Again, and it would no longer wait for the engine's own end of it."""
+    if not task.cancelling():
+        task.cancel()

@@ -130,8 +130,8 @@ class SglangEngine:
             await arrived.wait()
         except asyncio.CancelledError:
             sequence.is_cancelled = True
-            await self._abort(sequence)
-            self._sequences.drop(sequence)
+            # A task of its own: whoever cancels once more does not wait for the server, but the server ends it all the same.
+            await asyncio.shield(self._spawn(self._abort_joined(sequence), "sglang abort"))
             raise
         finally:
             del self._arrivals[sequence]
@@ -244,6 +244,10 @@ class SglangEngine:
             await asyncio.wait({run}, timeout=again_s)
             again_s = min(2 * again_s, ABORT_AGAIN_MAX_S)
 
+    async def _abort_joined(self, sequence: ChildSequence) -> None:
+        await self._abort(sequence)
+        self._sequences.drop(sequence)
+
     def _wake(self) -> None:
         if self._sequences.has_output or self._is_over:
             self._outputs_ready.set()
@@ -308,7 +312,7 @@ class SglangEngine:
             self._sequences.drop(orphan)
         elif not orphan.is_cancelled:
             orphan.is_cancelled = True
-            self._spawn(self._abort(orphan), "sglang abort")
+            self._spawn(self._abort_joined(orphan), "sglang abort")
 
     async def _follow_cache(self, port: int) -> None:
         await kv_events.follow(f"tcp://127.0.0.1:{port}", self.cache.apply, self.cache.clear)
@@ -330,10 +334,11 @@ class SglangEngine:
                 self._arrived(sequence)
         self._outputs_ready.set()
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background_is_over)
+        return task
 
     def _background_is_over(self, task: "asyncio.Task[None]") -> None:
         self._background.discard(task)

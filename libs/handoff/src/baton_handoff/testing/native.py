@@ -27,8 +27,9 @@ class Room:
     def __init__(self) -> None:
         self.source, self.sink, self.may_move = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.may_tell_source = asyncio.Event()  # else the sink has the KV, and the source has not heard of it
-        self.may_move.set()
-        self.may_tell_source.set()
+        self.may_let_go = asyncio.Event()  # else the sink's engine does not end what it was told to
+        for event in (self.may_move, self.may_tell_source, self.may_let_go):
+            event.set()
         self.fails = False
 
     async def moved(self) -> None:
@@ -94,7 +95,11 @@ class NativeFakeEngine:
         assert request.native is not None
         room = self._rooms[request.native.room]
         room.sink.set()
-        await room.moved()
+        try:
+            await room.moved()
+        except asyncio.CancelledError:
+            await room.may_let_go.wait()
+            raise
         if room.fails:
             raise ReceiveFailed("the transfer failed")
         self.received.add(request.key)
