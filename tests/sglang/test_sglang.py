@@ -88,11 +88,11 @@ async def is_exact(made: Cluster, reference: Reference) -> None:
     await made.settled(limit_s=30.0)
 
 
-async def test_a_server_of_its_own_answers_whole_requests_exactly(
+async def test_servers_of_their_own_answer_whole_requests_exactly_and_one_goes_on_where_another_died(
     tmp_path: Path, model: Path, reference: Reference, settings: Callable[[bool], dict[str, str]]
 ) -> None:
     cluster_module.READY_LIMIT_S = START_LIMIT_S
-    async with cluster(tmp_path, engine="sglang", model=model, prefill=0, environment=settings(False)) as made:
+    async with cluster(tmp_path, engine="sglang", model=model, prefill=0, decode=2, environment=settings(False)) as made:
         wanted = reference(PROMPT, 12)
         assert await answer(made, PROMPT, 12) == wanted
         several = await asyncio.gather(*(answer(made, prompt(n), 10) for n in range(6)))
@@ -110,9 +110,15 @@ async def test_a_server_of_its_own_answers_whole_requests_exactly(
         await until("some tokens", lambda: _true(len(got) > 5), 30.0)
         asking.cancel()
         await made.settled()
-        process = server(made, "decode-0")
-        process.kill()
-        await come_back(made, "decode-0")
+        got.clear()
+        asking = asyncio.create_task(stream(made, PROMPT, 300, got))
+        await until("some tokens", lambda: _true(len(got) > 20), 30.0)
+        running = [name for name in ("decode-0", "decode-1") if await metric(made, name, "baton_running_sequences")]
+        assert len(running) == 1
+        server(made, running[0]).kill()
+        await asking
+        assert got == reference(PROMPT, 300)
+        await come_back(made, running[0])
         await is_exact(made, reference)
 
 

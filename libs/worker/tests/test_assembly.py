@@ -128,6 +128,17 @@ def test_sglang_is_started_in_the_mode_that_fits_what_the_instance_may_be_given(
         assert ("--kv-events-config" in command) == (capabilities != (pb.CAPABILITY_DECODE_FROM,))
 
 
+def test_servers_tell_each_other_the_address_that_is_advertised_and_none_that_nobody_can_reach(tmp_path: Path) -> None:
+    for listen, advertise, expected in (
+        ("127.0.0.2:0", "", "127.0.0.2"),
+        ("0.0.0.0:8998", "127.0.0.3:7000", "127.0.0.3"),
+        ("0.0.0.0:8998", "", ""),
+        ("0.0.0.0:8998", "no-such-host.invalid", ""),
+    ):
+        engine = make_sglang(sglang(tmp_path, transfer_listen=listen, advertise=advertise), "decode", [pb.CAPABILITY_DECODE_FROM])
+        assert engine.child.settings.host_ip == expected
+
+
 def test_what_is_wrong_with_the_settings_of_sglang_is_named(tmp_path: Path) -> None:
     whole = [pb.CAPABILITY_WHOLE]
     with pytest.raises(ConfigError, match=r"decode\.model"):

@@ -1,6 +1,7 @@
 """From settings to an engine on its memory, and to the record other services see. Blocking: called in a thread."""
 
 import os
+import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -122,6 +123,7 @@ def make_sglang(config: WorkerConfig, service: str, capabilities: Collection["Ca
         command=config.sglang_command,
         args=config.sglang_args,
         host=host.strip("[]"),
+        host_ip=_ip_of(split_address(config.advertise)[0] or host),
         bootstrap_port=port or 0,
         page_size=config.block_tokens,
         hash_block_tokens=sglang_hash_block_tokens(config),
@@ -146,6 +148,15 @@ def native_transport(config: WorkerConfig, engine: "SglangEngine") -> NativeTran
     host, _ = split_address(config.advertise)
     port = engine.bootstrap_port
     return NativeTransport(engine.handoff_name, advertised_address(config.transfer_listen, port, host) if port else "")
+
+
+def _ip_of(host: str) -> str:
+    """An address that others can use for it; "" if there is none to be seen from here."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return ""
+    return "" if found in ("0.0.0.0", "::") else str(found)
 
 
 def _sglang_mode(capabilities: Collection["Capability"]) -> str:

@@ -39,7 +39,8 @@ log = get_logger(__name__)
 class SglangSettings:
     """How to start the server. Names and meanings as in the worker's settings without their prefix sglang_.
 
-    host: it binds; bootstrap_port: of a prefill server, 0: any free one. mode: "null", "prefill" or "decode".
+    host: it binds; host_ip: at which other servers reach its own ports, empty: what it finds itself; bootstrap_port: of a prefill server,
+    0: any free one. mode: "null", "prefill" or "decode".
     """
 
     model: Path
@@ -47,6 +48,7 @@ class SglangSettings:
     command: str = "python3 -m sglang.launch_server"
     args: str = ""
     host: str = "127.0.0.1"
+    host_ip: str = ""
     bootstrap_port: int = 0
     page_size: int = 16
     hash_block_tokens: int = 16
@@ -91,7 +93,7 @@ class Child:
     """One server process. bootstrap_port, events_port: 0 where its mode has none."""
 
     def __init__(self, settings: SglangSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._port = free_port(settings.host)
         self.bootstrap_port = (settings.bootstrap_port or free_port(settings.host)) if settings.mode == "prefill" else 0
         # In decode mode its prefix cache is off.
@@ -102,7 +104,7 @@ class Child:
     @property
     def base_url(self) -> str:
         """Of its HTTP server."""
-        host = "127.0.0.1" if self._settings.host in ("0.0.0.0", "::") else self._settings.host
+        host = "127.0.0.1" if self.settings.host in ("0.0.0.0", "::") else self.settings.host
         return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
 
     def client(self) -> ChildClient:
@@ -111,7 +113,7 @@ class Child:
 
     def command(self) -> list[str]:
         """Its command line. What the user gave comes last."""
-        settings = self._settings
+        settings = self.settings
         words = shlex.split(settings.command)
         words[0] = shutil.which(words[0]) or words[0]
         flags = ["--model-path", str(settings.model), "--host", settings.host, "--port", str(self._port)]
@@ -130,22 +132,23 @@ class Child:
     async def start(self, client: ChildClient) -> None:
         """Start it and wait until it answers; its log goes to our stderr. Raises: EngineFailed."""
         began = time.monotonic()
-        environment = _ENVIRONMENT | os.environ
+        own = {"SGLANG_HOST_IP": self.settings.host_ip} if self.settings.host_ip else {}
+        environment = _ENVIRONMENT | own | os.environ
         command = die_with_parent(self.command(), signal.SIGKILL)
         self._process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=2, start_new_session=True, env=environment
         )
-        log.info("sglang_starting", pid=self._process.pid, mode=self._settings.mode, url=self.base_url, limit_s=self._settings.start_s)
+        log.info("sglang_starting", pid=self._process.pid, mode=self.settings.mode, url=self.base_url, limit_s=self.settings.start_s)
         said_at = began
         while not await client.is_healthy(timeout_s=30.0):
             now = time.monotonic()
             if self._process.returncode is not None:
                 raise EngineFailed(f"SGLang ended with {self._process.returncode} while it started; its own log says why")
-            if now - began > self._settings.start_s:
-                raise EngineFailed(f"SGLang was not ready after {self._settings.start_s:g} s (sglang_start_s)")
+            if now - began > self.settings.start_s:
+                raise EngineFailed(f"SGLang was not ready after {self.settings.start_s:g} s (sglang_start_s)")
             if now - said_at >= SAY_EVERY_S:
                 said_at = now
-                log.info("sglang_still_starting", elapsed_s=round(now - began), limit_s=self._settings.start_s)
+                log.info("sglang_still_starting", elapsed_s=round(now - began), limit_s=self.settings.start_s)
             await asyncio.sleep(PROBE_S)
         log.info("sglang_ready", elapsed_s=round(time.monotonic() - began, 1))
 
