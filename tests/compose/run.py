@@ -153,7 +153,7 @@ class Run:
 
     async def recalls(self) -> str:
         """As in the README."""
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "red = 4 7 1 ; blue = 2 2 8 ; red ?"}]}
+        body = {"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": "red = 4 7 1 ; blue = 2 2 8 ; red ?"}]}
         async with self._http.post(f"{URL}/v1/chat/completions", json=body) as response:
             answer = await response.json()
         text = answer["choices"][0]["message"]["content"]

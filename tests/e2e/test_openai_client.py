@@ -7,6 +7,7 @@ import pytest
 import pytest_asyncio
 from cluster import Cluster, cluster
 
+# Asked with temperature 0: at OpenAI's default of 1 the demo model says something else once in some 2,000 tokens, as it should.
 QUESTION = "red = 4 7 1 ; blue = 2 2 8 ; red ?"
 
 
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.timeout(90), pytest.mark.asyncio(loop_scope="module")]
 
 
 async def test_a_chat_is_answered_from_facts_in_the_prompt(client: openai.AsyncOpenAI) -> None:
-    answer = await client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": QUESTION}])
+    answer = await client.chat.completions.create(model="test-model", temperature=0, messages=[{"role": "user", "content": QUESTION}])
     assert answer.choices[0].message.content == "4 7 1"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == 4
@@ -36,7 +37,8 @@ async def test_a_repeated_prefix_is_reported_as_cached(client: openai.AsyncOpenA
     facts = " ; ".join(f"{word} = 4 7 {digit}" for digit, word in enumerate(("red", "blue", "green", "black", "white")))
 
     async def ask(word: str) -> tuple[str, int]:
-        answer = await client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": f"{facts} ; {word} ?"}])
+        messages = [{"role": "user", "content": f"{facts} ; {word} ?"}]
+        answer = await client.chat.completions.create(model="test-model", temperature=0, messages=messages)
         return answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens
 
     assert await ask("red") == ("4 7 0", 0)
@@ -46,6 +48,7 @@ async def test_a_repeated_prefix_is_reported_as_cached(client: openai.AsyncOpenA
 async def test_a_streamed_chat_gives_the_same_text_and_its_usage(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model="test-model",
+        temperature=0,
         messages=[{"role": "user", "content": QUESTION.replace("red ?", "blue ?")}],
         stream=True,
         stream_options={"include_usage": True},
@@ -63,7 +66,7 @@ async def test_every_request_is_one_confirmed_handoff_with_bytes(house: Cluster,
     before = outcomes(await house.metrics("decode-0"))
     for number in range(5):
         text = f"green = {number} 2 3 ; {QUESTION.replace('red ?', 'green ?')}"
-        answer = await client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": text}])
+        answer = await client.chat.completions.create(model="test-model", temperature=0, messages=[{"role": "user", "content": text}])
         assert answer.choices[0].message.content == f"{number} 2 3"
         after = outcomes(await house.metrics("decode-0"))
         assert after[0] == before[0] + 1
@@ -86,13 +89,14 @@ async def test_sampling_repeats_with_its_seed_and_varies_without(client: openai.
 
 async def test_logprobs_stop_strings_and_token_prompts_work(client: openai.AsyncOpenAI) -> None:
     chat = await client.chat.completions.create(
-        model="test-model", messages=[{"role": "user", "content": QUESTION}], logprobs=True, top_logprobs=3
+        model="test-model", temperature=0, messages=[{"role": "user", "content": QUESTION}], logprobs=True, top_logprobs=3
     )
     first = chat.choices[0].logprobs.content[0]
     assert first.logprob <= 0
     assert first.logprob == first.top_logprobs[0].logprob
     assert len(first.top_logprobs) == 3
-    stopped = await client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": QUESTION}], stop=[" 1"])
+    messages = [{"role": "user", "content": QUESTION}]
+    stopped = await client.chat.completions.create(model="test-model", temperature=0, messages=messages, stop=[" 1"])
     assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("4 7", "stop")
     ids = await client.completions.create(
         model="test-model", prompt=[1, 20, 21, 22], max_tokens=6, extra_body={"ignore_eos": True, "return_token_ids": True}

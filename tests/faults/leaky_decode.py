@@ -5,10 +5,10 @@ import signal
 
 from baton_decode.config import DecodeConfig
 from baton_decode.main import DecodeService
-from baton_engine.api import Engine, SequenceKey
+from baton_engine.api import SequenceKey
 from baton_runtime.config import load
 from baton_runtime.lifecycle import run
-from baton_worker.assembly import EngineMemory
+from baton_worker.assembly import OpenedEngine
 
 LEAKED_BLOCKS = 3
 OWNER = SequenceKey("nobody", 1)
@@ -17,8 +17,9 @@ OWNER = SequenceKey("nobody", 1)
 class LeakyDecode(DecodeService):
     """DecodeService, but for the leak."""
 
-    async def _open_engine(self) -> tuple[EngineMemory, Engine]:
-        made, engine = await super()._open_engine()
+    async def _open_engine(self) -> OpenedEngine:
+        opened = await super()._open_engine()
+        engine = opened.engine
 
         def leak() -> None:
             engine.blocks.acquire(OWNER, [], LEAKED_BLOCKS)
@@ -28,7 +29,7 @@ class LeakyDecode(DecodeService):
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGUSR1, leak)
         loop.add_signal_handler(signal.SIGUSR2, engine.blocks.unpin, OWNER)
-        return made, engine
+        return opened
 
 
 if __name__ == "__main__":
