@@ -33,7 +33,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .PHONY: help up test test-unit test-e2e test-slow test-faults test-rolling test-clients test-compose test-sglang test-observability soak test-alone \
 	check format lint types proto proto-check \
-	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed plot-handoff trace-waterfall ci clean
+	bench-handoff bench-stream bench-streams bench-spike bench-memory bench-mixed bench-sglang plot-handoff trace-waterfall ci clean
 
 help: ## show this text
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -143,6 +143,9 @@ plot-handoff: $(VENV)/.ready ## draw the newest results of bench-handoff and soa
 
 bench-mixed: $(VENV)/.ready ## chats alone and beside 16k-token summarisation jobs, in modelled time, on sim and on torch; a plot (ten minutes; MIXED="--parts sim")
 	$(BIN)/python bench/chat_beside_summaries.py $(MIXED)
+
+bench-sglang: $(VENV)/.ready $(VENV)-sglang/.ready ## one SGLang server on CPU asked directly and through Baton (one minute)
+	BATON_SGLANG_PYTHON=$(VENV)-sglang/bin/python $(BIN)/python bench/sglang_overhead.py
 
 bench-streams: $(VENV)/.ready ## 50,000 concurrent streams on this host (three minutes, 4 GB, 20,000 open files; STREAMS="--streams 5000 --open-rate 500")
 	$(BIN)/python bench/streams.py $(STREAMS)

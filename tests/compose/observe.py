@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "tests" / "compose"), str(ROOT / "tests"), str(ROOT /
 
 import aiohttp  # noqa: E402
 import yaml  # noqa: E402
-from baton_cli import up  # noqa: E402
+from baton_cli import certificates, up  # noqa: E402
 from baton_runtime.children import free_port  # noqa: E402
 from cluster import Cluster, cluster, until  # noqa: E402
 from load import Kind, Load, Oracle  # noqa: E402
@@ -134,8 +134,9 @@ async def rows_of(folder: Path) -> list[tuple[Query, int, float | None]]:
     environment = {"BATON_FRONTEND_MAX_INFLIGHT": str(MAX_INFLIGHT)}
     queries = [*dashboard_queries(), *alert_queries()]
     counts = {"prefill": 2, "decode": 2}
+    certificates.make(folder / "tls")  # some series are there with TLS only
     async with (
-        cluster(folder / "baton", profile=PROFILE, environment=environment, **counts) as house,
+        cluster(folder / "baton", profile=PROFILE, environment=environment, certificates=folder / "tls", **counts) as house,
         prometheus(folder, house) as url,
     ):
         say("a cluster of two prefill and two decode instances, and Prometheus, run")

@@ -14,7 +14,7 @@ from baton_contracts.kvtransfer.v1 import kvtransfer_service_pb2 as kvtransfer_p
 from baton_contracts.worker.v1 import worker_service_pb2 as worker_pb2
 from baton_runtime.rpc import open_channel
 from clients import stream
-from cluster import Cluster, cluster, until
+from cluster import Cluster, cluster, roomy_model, until
 from load import Oracle
 from previous_release import Contracts, last_release
 
@@ -73,6 +73,38 @@ async def test_requests_are_exact_and_books_balance_beside_the_last_release(tmp_
             assert (answer.error, answer.finish_reason, len(answer.token_ids)) == (None, "length", NUM_TOKENS)
             assert oracle.first_wrong(prompt, answer.token_ids) is None
         await until("every prompt was handed off", lambda: _handed_off(house), 10)
+        await house.settled()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("old", ["prefill", "decode"])
+async def test_a_fetch_that_one_side_cannot_speak_of_is_given_up_and_the_prompt_is_computed(tmp_path: Path, old: str) -> None:
+    """The last release's contracts know no fetch. Prefill has lost its cache, decode has the first turn; the second turn asks for it."""
+    profile = tmp_path / "slow.toml"
+    profile.write_text('description = "slow"\n[prefill_ms]\nper_token = 0.5\n[decode_ms]\nconstant = 1.0\n')
+    environment = {f"BATON_{service}_FETCH_MIN_TOKENS": "32" for service in ("PREFILL", "DECODE")}
+    model = roomy_model(tmp_path / "model")
+    async with cluster(tmp_path / "run", profile=str(profile), model=model, environment=environment, change=as_before(old)) as house:
+        oracle = Oracle(house.options.profile, house.options.model)
+        body = {"model": "test-model", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+        first = [10 + step % 40 for step in range(500)]
+        answer = await stream(house.http, house.url, prompt=first, **body)
+        await house.settled()
+        await house.kill("prefill-0")
+        await house.start("prefill-0")
+
+        async def is_known() -> bool:
+            await stream(house.http, house.url, prompt=[10, 11], **body)
+            return bool((await house.metrics("prefill-0")).get('baton_handoffs_total{outcome="confirmed",role="source"}'))
+
+        await until("the new prefill is used and introduced", is_known, 10)
+        second = [*first, *answer.token_ids, *(20 + step for step in range(20))]
+        again = await stream(house.http, house.url, prompt=second, **body)
+        assert (again.error, len(again.token_ids)) == (None, NUM_TOKENS)
+        assert oracle.first_wrong(second, again.token_ids) is None
+        metrics = await house.metrics("prefill-0")
+        assert metrics["baton_fetched_tokens_total"] == 0
+        assert sum(value for name, value in metrics.items() if name.startswith('baton_fetches_total{outcome="')) == 1
         await house.settled()
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import pytest_asyncio
 from cluster import Cluster, cluster, until
+from cpu import settings
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -25,10 +26,10 @@ def prompt(number: int) -> list[int]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pair(tmp_path_factory: pytest.TempPathFactory, model: Path, settings: Callable[[bool], dict[str, str]]) -> AsyncIterator[Cluster]:
+async def pair(tmp_path_factory: pytest.TempPathFactory, model: Path) -> AsyncIterator[Cluster]:
     """One prefill and one decode."""
     cluster_module.READY_LIMIT_S = START_LIMIT_S
-    environment = settings(True) | {"BATON_DECODE_CAN_PREFILL": "false"}
+    environment = settings(is_pair=True)
     async with cluster(tmp_path_factory.mktemp("pair"), engine="sglang", model=model, environment=environment) as made:
         yield made
 
@@ -89,10 +90,10 @@ async def is_exact(made: Cluster, reference: Reference) -> None:
 
 
 async def test_servers_of_their_own_answer_whole_requests_exactly_and_one_goes_on_where_another_died(
-    tmp_path: Path, model: Path, reference: Reference, settings: Callable[[bool], dict[str, str]]
+    tmp_path: Path, model: Path, reference: Reference
 ) -> None:
     cluster_module.READY_LIMIT_S = START_LIMIT_S
-    async with cluster(tmp_path, engine="sglang", model=model, prefill=0, decode=2, environment=settings(False)) as made:
+    async with cluster(tmp_path, engine="sglang", model=model, prefill=0, decode=2, environment=settings(is_pair=False)) as made:
         wanted = reference(PROMPT, 12)
         assert await answer(made, PROMPT, 12) == wanted
         several = await asyncio.gather(*(answer(made, prompt(n), 10) for n in range(6)))

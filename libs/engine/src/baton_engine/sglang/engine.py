@@ -96,10 +96,11 @@ class SglangEngine:
 
     async def close(self) -> None:
         """See Engine.close."""
-        self._is_open = False
+        was_open, self._is_open = self._is_open, False
         for task in (*self._background, *self._runs.values()):
             task.cancel()
-        self._end_all(EndReason.CANCELLED, "engine closed")
+        if was_open:
+            self._end_all(EndReason.CANCELLED, "engine closed")
         try:
             await self._client.close()
         finally:
@@ -327,11 +328,10 @@ class SglangEngine:
 
     def _end_all(self, reason: EndReason, message: str) -> None:
         self._is_over = True
-        if hasattr(self, "_sequences"):
-            live = self._sequences.live
-            self._sequences.end_all(reason, message)
-            for sequence in live:
-                self._arrived(sequence)
+        live = self._sequences.live
+        self._sequences.end_all(reason, message)
+        for sequence in live:
+            self._arrived(sequence)
         self._outputs_ready.set()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
