@@ -158,15 +158,16 @@ class ProtocolMachine(RuleBasedStateMachine):
 class RandomHistory:
     """The same events drawn by a seed alone: no shrinking, but ten times as many histories in the same time, and busier ones."""
 
-    def __init__(self, seed: int, *, fetches: bool = False) -> None:
-        """fetches: prefill instances fetch what decode, or whom a hint names, has cached."""
+    def __init__(self, seed: int, *, fetches: bool = False, native: bool = False) -> None:
+        """fetches: prefill instances fetch what decode, or whom a hint names, has cached. native: the engines move KV themselves."""
         self.random = random.Random(seed)
         self.fetches = fetches
         # Half of the histories have blocks of one size, as most fleets do.
         block_tokens = self.random.choice([(2, 2), self.random.choice(BLOCK_TOKENS)])
         num_blocks = self.random.choice([8, 20, 40] if fetches else [4, 8, 20])  # a fetch takes only what is to spare
         num_sources, num_sinks = self.random.randint(1, 2), self.random.randint(1, 2)
-        self.world = World(num_sources, num_sinks, num_blocks, self._config(), block_tokens=block_tokens, fetches=fetches)
+        block_tokens = (2, 2) if native else block_tokens
+        self.world = World(num_sources, num_sinks, num_blocks, self._config(), block_tokens=block_tokens, fetches=fetches, native=native)
         self.prompts = PROMPTS if self.world.num_blocks < 8 else [*PROMPTS, *LONG_PROMPTS]
         self.waited_s = 0.0
         self.links = list(self.world.links)
@@ -271,8 +272,8 @@ class RandomHistory:
             self.world.place(self.random.choice(again), source, sink, self.hint())
 
 
-# make test: 400 busy histories, 150 with fetches, 40 of hypothesis: half a minute. The long hunt, make test-slow: 4,000, 1,500 and 1,000
-# longer ones. Shrinking takes minutes, so only that one does it.
+# make test: 400 busy histories, 150 with fetches, 200 of engines that move KV themselves, 40 of hypothesis: half a minute. The long hunt,
+# make test-slow: 4,000, 1,500, 2,000 and 1,000 longer ones. Shrinking takes minutes, so only that one does it.
 QUICK = settings(
     max_examples=40,
     stateful_step_count=40,
@@ -318,6 +319,21 @@ def test_no_busy_history_with_fetches_breaks_a_law(first_seed: int) -> None:
             raise
         num_fetched += sum(end.num_tokens > 0 for process in history.world.processes.values() for end in process.fetch_ends)
     assert num_fetched > 3, "histories without fetches show nothing"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("first_seed", first_seeds(200, 2000, 50))
+def test_no_busy_history_of_engines_that_move_kv_themselves_breaks_a_law(first_seed: int) -> None:
+    num_completed = 0
+    for seed in range(first_seed, first_seed + 50):
+        history = RandomHistory(seed, native=True)
+        try:
+            history.run()
+        except Exception as error:
+            error.add_note(f"RandomHistory({seed}, native=True).run()")
+            raise
+        num_completed += len(history.world.completions)
+    assert num_completed > 50, "histories in which nothing is handed over show nothing"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from baton_runtime.rpc import split_address
 from baton_engine.api import EngineRequest, Priority, SamplingParams, Work
 
 _DATA, _DONE = b"data: ", b"[DONE]"
+_KEEP_ALIVE_S = 2.0  # below the server's 5 s: a request on a connection that it closes at that moment would be lost
 _LINE_BYTES = 4 << 20  # an answer with 20 log probabilities for each of thousands of tokens is one line
 T = TypeVar("T")
 
@@ -162,7 +163,7 @@ class ChildClient:
         self._session = aiohttp.ClientSession(
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {self.api_key}"},
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
             read_bufsize=_LINE_BYTES,
         )

@@ -54,6 +54,57 @@ class Rooms(defaultdict[int, Room]):
         return room
 
 
+class NativeMiniEngine:
+    """As `MiniEngine`, of an engine that moves KV itself: a sequence ends in the step after its KV has moved, or after its cancel, and
+    waits for ever if neither comes. No sequence gives up by itself: the protocol must see to all of them."""
+
+    def __init__(self, blocks: BlockManager) -> None:
+        self.fail_next: set[SequenceKey] = set()
+        self._blocks = blocks
+        self._waiting: dict[SequenceKey, EngineRequest] = {}
+        self._moved: dict[SequenceKey, None] = {}  # ordered
+        self._cancelled: dict[SequenceKey, None] = {}
+        self._step = 0
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._moved or self._cancelled)
+
+    def holds(self, key: SequenceKey) -> bool:
+        """Whether the sequence has not ended."""
+        return key in self._waiting
+
+    def start(self, request: EngineRequest) -> None:
+        """Take a PREFILL_ONLY sequence whose table is acquired."""
+        self._waiting[request.key] = request
+
+    def moved(self, key: SequenceKey) -> None:
+        """Its KV is at the sink, all of it."""
+        self._moved[key] = None
+
+    def cancel(self, key: SequenceKey) -> None:
+        """End it in the next step."""
+        if key in self._waiting:
+            self._cancelled[key] = None
+
+    def step(self) -> StepOutput:
+        """One that has moved, else one that was cancelled, ends; of one that is both, the server has answered already."""
+        self._step += 1
+        output = StepOutput(step=self._step)
+        key = next(iter([*self._moved, *self._cancelled]))
+        request, reason = self._waiting.pop(key), EndReason.CANCELLED
+        if key in self._moved:
+            reason = EndReason.PREFILLED
+            first = request.first_announced_block
+            ids = self._blocks.pin(key, first, len(self._blocks.table(key)) - first)
+            output.ready.append(BlocksReady(key, first, ids, 0, float(self._step)))
+        self._moved.pop(key, None)
+        self._cancelled.pop(key, None)
+        self._blocks.release(key)
+        output.ends.append(SequenceEnd(key, reason, 0, 0))
+        return output
+
+
 class NativeFakeEngine:
     """`baton_engine.api.NativeEngine`. received: sequences whose KV came and that were not taken over."""
 

@@ -3,8 +3,9 @@
 What is simulated: processes that stop, wake, crash and restart; links that are FIFO within a direction, break, lose what was on
 the way and are re-opened with a hello; engines that step; pulls that copy unit by unit and end whenever the test wants; one
 frontend that places requests, cancels, and places again; with `fetches`, prefill instances that fetch what decode or another one has
-cached (fetches alone: `fetch_net`). Sources and sinks may have blocks of different sizes; contents are kept
-and checked token by token. What is checked after every event: `World.check`.
+cached (fetches alone: `fetch_net`); with `native`, engines that move KV themselves: a pull is the meeting of two of them, and its KV
+moves at once. Sources and sinks may have blocks of different sizes; contents are kept and checked token by token. What is checked after
+every event: `World.check`.
 """
 
 from array import array
@@ -43,6 +44,7 @@ from baton_handoff.source import SourceBook
 from baton_handoff.source_handoff import SourceHandoff, SourceState
 from baton_handoff.tag import KvShape
 from baton_handoff.testing.engine import MiniEngine
+from baton_handoff.testing.native import NativeMiniEngine
 
 BLOCK_TOKENS = 2
 LAYOUT = BlockLayout(num_layers=1, block_tokens=BLOCK_TOKENS, num_kv_heads=1, head_dim=1, dtype="float32")
@@ -65,11 +67,12 @@ class Pull:
     start: StartPull
     source_memory: Memory
     done: int = 0
+    has_moved: bool = False  # of engines that move KV themselves
 
     @property
     def is_done(self) -> bool:
         """Whether every unit was copied."""
-        return self.done == len(self.start.dest_ids)
+        return self.has_moved if self.start.request is not None else self.done == len(self.start.dest_ids)
 
 
 @dataclass(slots=True)
@@ -106,6 +109,7 @@ class Process:
         layout_of: Callable[[str], BlockLayout | None] = lambda incarnation: None,
         *,
         fetches: bool = False,
+        native: bool = False,
     ) -> None:
         self.name = name
         self.life = life
@@ -114,7 +118,7 @@ class Process:
         self.layout = layout
         self.block_tokens = layout.block_tokens
         self.memory: Memory = [[None] * self.block_tokens for _ in range(num_blocks)]
-        shape = KvShape(self.incarnation, "model", layout, BLOCK_TOKENS)
+        shape = KvShape(self.incarnation, "model", layout, 0 if native else BLOCK_TOKENS)
 
         def wants_fetch(incarnation: str, num_tokens: int) -> bool:
             return fetches and incarnation != self.incarnation
@@ -125,7 +129,12 @@ class Process:
         self.fetch_sink = FetchSinkBook(self.blocks, shape, config)
         self.fetch_ends: list[FetchEnd] = []
         self.sink = SinkBook(self.blocks, shape, config, layout_of)
-        self.engine = MiniEngine(self.blocks, self.block_tokens, self._compute, hash_block_tokens=BLOCK_TOKENS)
+        self.engine: MiniEngine | NativeMiniEngine
+        if native:
+            self.engine = NativeMiniEngine(self.blocks)
+        else:
+            self.engine = MiniEngine(self.blocks, self.block_tokens, self._compute, hash_block_tokens=BLOCK_TOKENS)
+        self.rooms: dict[SequenceKey, HandoffKey] = {}  # where its engine waits for the other
         self.engine_cancels: list[SequenceKey] = []
         self.outputs: deque[StepOutput] = deque()
         self.pulls: dict[int, Pull] = {}  # by operation; those of fetches are numbered downwards, from -1
@@ -192,9 +201,13 @@ class World:
         block_tokens: tuple[int, int] = (BLOCK_TOKENS, BLOCK_TOKENS),
         *,
         fetches: bool = False,
+        native: bool = False,
     ) -> None:
         self.fetches = fetches
+        self.native = native
         self.config = config or HandoffConfig(operation_bytes=2 * LAYOUT.block_bytes)
+        if native:
+            self.config = self.config.for_native_engine()
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.now = 1000.0
@@ -210,7 +223,7 @@ class World:
     def _process(self, name: str, life: int) -> Process:
         layout = self._layout_of(name)
         num_blocks = self.num_blocks * BLOCK_TOKENS // layout.block_tokens
-        return Process(name, life, num_blocks, self.config, layout, self._layout_of, fetches=self.fetches)
+        return Process(name, life, num_blocks, self.config, layout, self._layout_of, fetches=self.fetches, native=self.native)
 
     def _layout_of(self, incarnation: str) -> BlockLayout:
         return replace(LAYOUT, block_tokens=self.block_tokens[incarnation[0] == "d"])
@@ -426,10 +439,14 @@ class World:
     def engine_step(self, name: str) -> None:
         """One step; its output is seen by the loop later."""
         process = self.processes[name]
-        if not process.is_stopped and process.engine.has_work():
+        if process.is_stopped:
+            return
+        if process.engine.has_work():
             process.outputs.append(process.engine.step())
-            while process.engine_cancels:  # a step that runs when a cancel comes goes on, and pins
-                process.engine.cancel(process.engine_cancels.pop())
+        elif not self.native:
+            return
+        while process.engine_cancels:  # a step that runs when a cancel comes goes on, and pins
+            process.engine.cancel(process.engine_cancels.pop())
 
     def engine_output(self, name: str) -> None:
         """The loop sees the output of the oldest step."""
@@ -460,6 +477,8 @@ class World:
         pull = process.pulls.get(operation)
         if pull is None or pull.is_done:
             return
+        if pull.start.request is not None:
+            return self._move(process, pull)
         source_tokens = self._layout_of(pull.start.peer_incarnation).block_tokens
         unit = min(source_tokens, process.block_tokens)
         source, source_unit = divmod(pull.start.source_ids[pull.done], source_tokens // unit)
@@ -470,6 +489,29 @@ class World:
         copied = pull.source_memory[source][source_unit * unit : (source_unit + 1) * unit]
         process.memory[dest][dest_unit * unit : (dest_unit + 1) * unit] = copied
         pull.done += 1
+
+    def _can_move(self, pull: Pull) -> bool:
+        """Whether the two engines are in one room, or the pull is of blocks. Engines go on while their workers stand still."""
+        if pull.start.request is None:
+            return True
+        key, source = pull.start.key, self.find(pull.start.peer_incarnation)
+        return source is not None and source.rooms.get(key.sequence) == key and source.engine.holds(key.sequence)
+
+    def _move(self, process: Process, pull: Pull) -> None:
+        if not self._can_move(pull):
+            return
+        key, source = pull.start.key, self.processes[pull.start.peer_incarnation.split(".")[0]]
+        request, table = process.requests[key.sequence], process.blocks.table(key.sequence)
+        assert process.blocks.held(key.sequence) == len(table), "KV moved to blocks that are not reserved for it"
+        for token in range(request.num_kv_tokens):
+            process.memory[table[token // process.block_tokens]][token % process.block_tokens] = content_of(request, token)
+        pull.has_moved = True
+        assert isinstance(source.engine, NativeMiniEngine)
+        source.engine.moved(key.sequence)
+
+    def _is_unwanted(self, process: Process, operation: int) -> bool:
+        """Whether the receiver would end the operation by itself."""
+        return self.native and any(handoff.operation == operation for handoff in process.sink.draining)
 
     def pull_ends(self, name: str, operation: int, failure: FailureCause | None = None) -> None:
         """The transport's thread is done with the operation; the loop sees it later. Not all copied: it failed."""
@@ -510,10 +552,12 @@ class World:
             steps += [partial(self.deliver_up, sink, source)] * bool(link.up and not self.processes[source].is_stopped)
             steps += [partial(self.deliver_down, sink, source)] * bool(link.down and not self.processes[sink].is_stopped)
         for name, process in self.processes.items():
-            steps += [partial(self.pull_block, name, number) for number, pull in process.pulls.items() if not pull.is_done]
-            steps += [partial(self.pull_ends, name, number) for number, pull in process.pulls.items() if pull.is_done]
+            steps += [partial(self.pull_block, name, n) for n, pull in process.pulls.items() if not pull.is_done and self._can_move(pull)]
+            steps += [
+                partial(self.pull_ends, name, n) for n, pull in process.pulls.items() if pull.is_done or self._is_unwanted(process, n)
+            ]
             if not process.is_stopped:
-                steps += [partial(self.engine_step, name)] * process.engine.has_work()
+                steps += [partial(self.engine_step, name)] * (process.engine.has_work() or (self.native and bool(process.engine_cancels)))
                 steps += [partial(self.engine_output, name)] * bool(process.outputs)
                 steps += [partial(self.pull_seen, name)] * bool(process.returned)
                 steps += [partial(self.finish_decode, process, key) for key in process.decoding]
@@ -544,6 +588,7 @@ class World:
             self._send(process, action)
         elif isinstance(action, StartEngine):
             process.engine.start(action.request)
+            process.rooms[action.key.sequence] = action.key
         elif isinstance(action, CancelEngine):
             process.engine_cancels.append(action.sequence)
         elif isinstance(action, StartPull):
@@ -686,10 +731,11 @@ class World:
             self.engine_step(name)
             while process.outputs:
                 self.engine_output(name)
-            for operation in list(process.pulls):
-                while not process.pulls[operation].is_done:
+            for operation, pull in list(process.pulls.items()):
+                while not pull.is_done and self._can_move(pull):
                     self.pull_block(name, operation)
-                self.pull_ends(name, operation)
+                if pull.is_done or self._is_unwanted(process, operation):
+                    self.pull_ends(name, operation)
             while process.returned:
                 self.pull_seen(name)
             for key in list(process.decoding):
@@ -705,6 +751,8 @@ class World:
             or process.fetch_sink.live
             or process.fetch_sink.draining
             or process.engine.has_work()
+            or process.engine_cancels
+            or process.pulls
             or process.outputs
             or process.decoding
             for process in self.processes.values()
@@ -713,6 +761,7 @@ class World:
     def _check_quiet(self) -> None:
         for process in self.processes.values():
             assert not process.source.live, f"never ended at {process.name}: {[h.key for h in process.source.live]}"
+            assert not any(map(process.engine.holds, process.rooms)), f"an engine at {process.name} waits for ever"
             assert not process.sink.live, f"never ended at {process.name}: {[h.key for h in process.sink.live]}"
             assert not any(process.starts.values()), f"no end: {process.starts}"
             counts = process.blocks.counts()
