@@ -46,47 +46,6 @@ variable "engine" {
   default = "torch"
 }
 
-variable "sglang_command" {
-  type        = string
-  default     = "python3 -m sglang.launch_server"
-  description = "engine sglang: what starts a server in the image (docs/engine-sglang.md); patterns/ has sets of all variables"
-}
-
-variable "sglang_args" {
-  type        = string
-  default     = ""
-  description = "engine sglang: further flags of the server"
-}
-
-variable "can_prefill" {
-  type        = bool
-  default     = true
-  description = "Whether it may be given whole requests; sglang: true takes those alone, false handed-over prompts alone"
-}
-
-variable "shm_bytes" {
-  type        = number
-  default     = 67108864
-  description = "Shared memory of the container's own; with several GPUs NCCL needs some (ipc_mode host shares the client's)"
-}
-
-variable "cpu" {
-  type    = number
-  default = 4000
-}
-
-variable "memory" {
-  type        = number
-  default     = 16384
-  description = "MiB"
-}
-
-variable "healthy_deadline" {
-  type        = string
-  default     = "10m"
-  description = "How long a new instance may take to serve; reading large weights takes longer"
-}
-
 variable "kv_memory_bytes" {
   type        = number
   default     = 0
@@ -117,8 +76,8 @@ job "baton-decode" {
     auto_revert       = true
     health_check      = "checks"
     min_healthy_time  = "10s"
-    healthy_deadline  = var.healthy_deadline
-    progress_deadline = "60m"
+    healthy_deadline  = "10m"
+    progress_deadline = "20m"
   }
 
   # A node that is drained moves its instances one by one.
@@ -126,7 +85,7 @@ job "baton-decode" {
     max_parallel     = 1
     health_check     = "checks"
     min_healthy_time = "10s"
-    healthy_deadline = var.healthy_deadline
+    healthy_deadline = "10m"
   }
 
   group "decode" {
@@ -241,8 +200,7 @@ job "baton-decode" {
         network_mode    = "host"
         readonly_rootfs = true
         cap_drop        = ["all"]
-        pids_limit      = 16384
-        shm_size        = var.shm_bytes
+        pids_limit      = 4096
         cap_add         = var.rdma ? ["ipc_lock"] : []
 
         # The image's own check asks its own ports; Consul asks the ones that are really used.
@@ -282,9 +240,6 @@ job "baton-decode" {
         BATON_DECODE_DRAIN_GRACE_S   = "30"
         BATON_DECODE_LOG_FORMAT      = "json"
         BATON_DECODE_OTLP_ENDPOINT   = "${var.otlp}"
-        BATON_DECODE_SGLANG_COMMAND  = "${var.sglang_command}"
-        BATON_DECODE_SGLANG_ARGS     = "${var.sglang_args}"
-        BATON_DECODE_CAN_PREFILL     = "${var.can_prefill}"
         BATON_DECODE_ENGINE          = "${var.engine}"
         BATON_DECODE_MODEL           = "${var.model}"
         BATON_DECODE_SERVED_NAME     = "${var.served_name}"
@@ -335,8 +290,8 @@ job "baton-decode" {
       }
 
       resources {
-        cpu    = var.cpu
-        memory = var.memory
+        cpu    = 4000
+        memory = 16384
 
         dynamic "device" {
           for_each = var.gpus > 0 ? [var.gpus] : []

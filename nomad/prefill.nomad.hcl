@@ -46,47 +46,6 @@ variable "engine" {
   default = "torch"
 }
 
-variable "sglang_command" {
-  type        = string
-  default     = "python3 -m sglang.launch_server"
-  description = "engine sglang: what starts a server in the image (docs/engine-sglang.md); patterns/ has sets of all variables"
-}
-
-variable "sglang_args" {
-  type        = string
-  default     = ""
-  description = "engine sglang: further flags of the server"
-}
-
-variable "max_chunk_tokens" {
-  type        = number
-  default     = 2048
-  description = "Prompt tokens in one step, and half of what prefill takes on ahead; sglang: the server's --chunked-prefill-size"
-}
-
-variable "shm_bytes" {
-  type        = number
-  default     = 67108864
-  description = "Shared memory of the container's own; with several GPUs NCCL needs some (ipc_mode host shares the client's)"
-}
-
-variable "cpu" {
-  type    = number
-  default = 4000
-}
-
-variable "memory" {
-  type        = number
-  default     = 16384
-  description = "MiB"
-}
-
-variable "healthy_deadline" {
-  type        = string
-  default     = "10m"
-  description = "How long a new instance may take to serve; reading large weights takes longer"
-}
-
 variable "kv_memory_bytes" {
   type        = number
   default     = 0
@@ -117,8 +76,8 @@ job "baton-prefill" {
     auto_revert       = true
     health_check      = "checks"
     min_healthy_time  = "10s"
-    healthy_deadline  = var.healthy_deadline
-    progress_deadline = "60m"
+    healthy_deadline  = "10m"
+    progress_deadline = "20m"
   }
 
   # A node that is drained moves its instances one by one.
@@ -126,7 +85,7 @@ job "baton-prefill" {
     max_parallel     = 1
     health_check     = "checks"
     min_healthy_time = "10s"
-    healthy_deadline = var.healthy_deadline
+    healthy_deadline = "10m"
   }
 
   group "prefill" {
@@ -232,8 +191,7 @@ job "baton-prefill" {
         network_mode    = "host"
         readonly_rootfs = true
         cap_drop        = ["all"]
-        pids_limit      = 16384
-        shm_size        = var.shm_bytes
+        pids_limit      = 4096
         cap_add         = var.rdma ? ["ipc_lock"] : []
 
         # The image's own check asks its own ports; Consul asks the ones that are really used.
@@ -265,22 +223,19 @@ job "baton-prefill" {
       }
 
       env {
-        BATON_PREFILL_LISTEN           = "${NOMAD_ADDR_grpc}"
-        BATON_PREFILL_TRANSFER_LISTEN  = "${NOMAD_ADDR_kv}"
-        BATON_PREFILL_METRICS_LISTEN   = "${NOMAD_ADDR_metrics}"
-        BATON_PREFILL_INSTANCE_ID      = "prefill-${NOMAD_SHORT_ALLOC_ID}"
-        BATON_PREFILL_ZONE             = "${node.datacenter}"
-        BATON_PREFILL_DRAIN_GRACE_S    = "30"
-        BATON_PREFILL_LOG_FORMAT       = "json"
-        BATON_PREFILL_OTLP_ENDPOINT    = "${var.otlp}"
-        BATON_PREFILL_SGLANG_COMMAND   = "${var.sglang_command}"
-        BATON_PREFILL_SGLANG_ARGS      = "${var.sglang_args}"
-        BATON_PREFILL_MAX_CHUNK_TOKENS = "${var.max_chunk_tokens}"
-        BATON_PREFILL_ENGINE           = "${var.engine}"
-        BATON_PREFILL_MODEL            = "${var.model}"
-        BATON_PREFILL_SERVED_NAME      = "${var.served_name}"
-        BATON_PREFILL_KV_MEMORY_BYTES  = "${var.kv_memory_bytes}"
-        BATON_PREFILL_DEVICE           = "${var.gpus > 0 ? "cuda" : "cpu"}"
+        BATON_PREFILL_LISTEN          = "${NOMAD_ADDR_grpc}"
+        BATON_PREFILL_TRANSFER_LISTEN = "${NOMAD_ADDR_kv}"
+        BATON_PREFILL_METRICS_LISTEN  = "${NOMAD_ADDR_metrics}"
+        BATON_PREFILL_INSTANCE_ID     = "prefill-${NOMAD_SHORT_ALLOC_ID}"
+        BATON_PREFILL_ZONE            = "${node.datacenter}"
+        BATON_PREFILL_DRAIN_GRACE_S   = "30"
+        BATON_PREFILL_LOG_FORMAT      = "json"
+        BATON_PREFILL_OTLP_ENDPOINT   = "${var.otlp}"
+        BATON_PREFILL_ENGINE          = "${var.engine}"
+        BATON_PREFILL_MODEL           = "${var.model}"
+        BATON_PREFILL_SERVED_NAME     = "${var.served_name}"
+        BATON_PREFILL_KV_MEMORY_BYTES = "${var.kv_memory_bytes}"
+        BATON_PREFILL_DEVICE          = "${var.gpus > 0 ? "cuda" : "cpu"}"
 
         # In this order: shared memory on one client, RDMA between clients, TCP if neither works.
         BATON_PREFILL_TRANSPORTS = "shm,nixl,tcp"
@@ -326,8 +281,8 @@ job "baton-prefill" {
       }
 
       resources {
-        cpu    = var.cpu
-        memory = var.memory
+        cpu    = 4000
+        memory = 16384
 
         dynamic "device" {
           for_each = var.gpus > 0 ? [var.gpus] : []
