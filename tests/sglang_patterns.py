@@ -10,8 +10,8 @@ from baton_prefill.config import PrefillConfig
 from baton_runtime.config import load
 
 WORKERS: dict[str, type[PrefillConfig] | type[DecodeConfig]] = {"prefill": PrefillConfig, "decode": DecodeConfig}
-# Settings of the sglang engine, which lands after the patterns. Once it has, a test fails: delete this and what uses it, and every setting of
-# the patterns is checked against the services' own classes, like those of all other files.
+# Settings of the sglang engine, which lands after the patterns. Once it has, a test fails: delete this and what uses it, and every setting
+# of the patterns is checked against the services' own classes, like those of all other files.
 TO_COME = {"sglang_command", "sglang_args", "sglang_start_s", "sglang_pinned_s", "sglang_tokenizer"}
 # What Baton passes to its child by itself (a flag given twice would win over it).
 BATONS_OWN = {
@@ -62,7 +62,8 @@ def flags(given: Mapping[str, str], service: str) -> dict[str, str]:
             name = word
             found[name] = ""
         else:
-            assert name and not found[name], word
+            assert name, f"{word} belongs to no flag"
+            assert not found[name], f"{name} has two values"
             found[name] = word
     return found
 
