@@ -95,13 +95,10 @@ class Run:
 
     async def are_accepted(self) -> str:
         """Compose's own loader takes every set of files that the docs name."""
-        pattern = ["compose.sglang.yaml", "patterns/gpt-oss-120b.yaml"]
-        added = ([], ["compose.tls.yaml"], ["compose.shm.yaml"], ["compose.gpu.yaml"], ["compose.shm.yaml", "compose.gpu.yaml"], pattern)
-        own = self.stack.files
-        for files in (*(["compose.yaml", *more] for more in added), ["patterns/llama-70b-two-nodes.yaml"]):
+        for added in ([], ["compose.tls.yaml"], ["compose.shm.yaml"], ["compose.gpu.yaml"], ["compose.shm.yaml", "compose.gpu.yaml"]):
+            files, self.stack.files = self.stack.files, ["compose.yaml", *added]
+            await self.stack.compose("--profile", "observability", "config", "-q")
             self.stack.files = files
-            await self.stack.compose("--profile", "*", "config", "-q")
-        self.stack.files = own
         return ""
 
     async def build(self) -> str:

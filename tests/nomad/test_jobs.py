@@ -35,13 +35,15 @@ CONFIGS = {
 CLIENT_MAX_KILL_TIMEOUT_S = 60.0  # nomad/README.md tells operators to allow so much
 # What may stand where, from the public documentation of Nomad's job specification (1.9), as far as these files use it.
 BLOCKS = {
-    "job": {"update", "migrate", "group", "datacenters", "type"},
+    "job": {"update", "migrate", "group", "datacenters", "type", "constraint"},
+    "constraint": {"attribute", "operator", "value"},
     "update": {
         *("max_parallel", "canary", "auto_promote", "auto_revert", "health_check"),
         *("min_healthy_time", "healthy_deadline", "progress_deadline"),
     },
     "migrate": {"max_parallel", "health_check", "min_healthy_time", "healthy_deadline"},
-    "group": {"count", "scaling", "network", "restart", "volume", "service", "task"},
+    "group": {"count", "scaling", "network", "restart", "ephemeral_disk", "volume", "service", "task"},
+    "ephemeral_disk": {"sticky", "size"},
     "scaling": {"enabled", "min", "max", "policy"},
     "network": {"mode", "port"},
     "port": {"static", "to"},
@@ -61,9 +63,9 @@ BLOCKS = {
 # Of the docker driver.
 DOCKER = {
     *("image", "command", "args", "network_mode", "ipc_mode", "readonly_rootfs", "cap_drop", "cap_add"),
-    *("pids_limit", "healthchecks", "devices", "ulimit", "mount"),
+    *("pids_limit", "healthchecks", "devices", "ulimit", "mount", "shm_size"),
 }
-LABELLED = {"group", "port", "volume", "task", "scaling_check"}
+LABELLED = {"group", "port", "volume", "task", "device", "scaling_check"}
 
 
 def plain(value: Any) -> Any:

@@ -30,7 +30,7 @@ class WorkerConfig(CommonConfig):
     hash_block_tokens: granularity of the block hash chain, divides block_tokens; 0: 16 if that does, else block_tokens.
     num_shards: sim only: tensor-parallel shards the KV heads are split over, divides them.
     max_batch_sequences: sequences in one step.
-    max_chunk_tokens: prompt tokens in one step.
+    max_chunk_tokens: prompt tokens in one step; prefill takes on two such chunks ahead. sglang: as the server's --chunked-prefill-size.
     max_waiting: sequences that may wait (in the engine, and for a handoff) before new ones are refused.
     max_readers: handoffs of which this worker is the source that may be read at a time (announced, not confirmed).
     max_readers_per_sink: of them, those of one other worker; below max_readers, so that one that hangs leaves places to others.
