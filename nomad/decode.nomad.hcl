@@ -101,12 +101,13 @@ job "baton-decode" {
         evaluation_interval = "15s"
         cooldown            = "5m"
 
-        # The time of a step is the time between two tokens of every stream in it.
+        # The time of a step is the time between two tokens of every stream in it. Routers predict it for each instance, what they have
+        # placed there and what has not arrived yet included.
         check "inter_token" {
           source = "prometheus"
 
           # As for prefill: a number also while nothing runs, and at most half of the instances fewer at a time. It bounds the other check too.
-          query = "clamp_min(histogram_quantile(0.95, sum by (le) (rate(baton_engine_step_seconds_bucket{job='decode'}[2m]))) >= 0 or vector(0), 0.025)"
+          query = "clamp_min(avg(max by (instance_id) (baton_router_predicted_decode_step_seconds)) >= 0 or vector(0), 0.025)"
 
           strategy "target-value" {
             target = 0.05

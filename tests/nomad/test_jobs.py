@@ -239,36 +239,39 @@ def test_workers_scale_on_metrics_that_are_exported(service: str):
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
-@pytest.mark.parametrize(
-    ("service", "check", "labels"),
-    [("prefill", "queue_wait", 'work="prefill_only",priority="interactive"'), ("decode", "inter_token", 'job="decode"')],
-)
-def test_times_to_scale_by_are_numbers_also_without_traffic_and_never_under_half_their_target(
-    tmp_path: Path, service: str, check: str, labels: str
-):
+@pytest.mark.parametrize(("service", "check"), [("prefill", "queue_wait"), ("decode", "inter_token")])
+def test_times_to_scale_by_are_numbers_also_without_traffic_and_never_under_half_their_target(tmp_path: Path, service: str, check: str):
     about = scaling_checks(service)[check]
     ((strategy,),) = [list(entry.values()) for entry in about["strategy"]]
     target = float(strategy["target"])
-    (metric,) = re.findall(r"\bbaton_\w+_bucket\b", about["query"])
 
-    def asked(per_interval: dict[str, int], expected: float) -> dict[str, Any]:
-        series = [{"series": f'{metric}{{{labels},le="{bound}"}}', "values": f"0+{count}x40"} for bound, count in per_interval.items()]
-        sample = {"labels": "{}", "value": expected}
+    def asked(series: dict[str, str], expected: float) -> dict[str, Any]:
         return {
             "interval": "15s",
-            "input_series": series,
-            "promql_expr_test": [{"expr": about["query"], "eval_time": "5m", "exp_samples": [sample]}],
+            "input_series": [{"series": name, "values": values} for name, values in series.items()],
+            "promql_expr_test": [{"expr": about["query"], "eval_time": "5m", "exp_samples": [{"labels": "{}", "value": expected}]}],
         }
 
-    shorter, longer = str(target / 100), str(target * 100)
-    rules = {
-        "tests": [
-            asked({}, target / 2),  # before the first instance was scraped
-            asked({longer: 0, "+Inf": 0}, target / 2),  # nothing is asked
-            asked({shorter: 10, "+Inf": 10}, target / 2),
-            asked({shorter: 0, longer: 10, "+Inf": 10}, target / 100 + 0.95 * (target * 100 - target / 100)),
-        ]
+    def waits(**per_interval: int) -> dict[str, str]:
+        bounds = {"shorter": target / 100, "longer": target * 100, "all": "+Inf"}
+        labels = 'work="prefill_only",priority="interactive"'
+        return {f'baton_queue_wait_seconds_bucket{{{labels},le="{bounds[name]}"}}': f"0+{count}x40" for name, count in per_interval.items()}
+
+    def steps(*seconds: float) -> dict[str, str]:
+        """Of one instance each, as two routers see it."""
+        metric = "baton_router_predicted_decode_step_seconds"
+        return {f'{metric}{{instance="r{r}",instance_id="d{n}"}}': f"{s}x40" for n, s in enumerate(seconds) for r in range(2)}
+
+    cases = {
+        "prefill": [
+            (waits(longer=0, all=0), target / 2),  # nothing is asked
+            (waits(shorter=10, all=10), target / 2),
+            (waits(shorter=0, longer=10, all=10), target / 100 + 0.95 * (target * 100 - target / 100)),
+        ],
+        "decode": [(steps(0, 0), target / 2), (steps(target / 100, 0), target / 2), (steps(target, 3 * target), 2 * target)],
     }
+    before_the_first_scrape: tuple[dict[str, str], float] = ({}, target / 2)
+    rules = {"tests": [asked(*case) for case in [before_the_first_scrape, *cases[service]]]}
     (tmp_path / "scaling.yml").write_text(json.dumps(rules))
     done = subprocess.run(["promtool", "test", "rules", "scaling.yml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

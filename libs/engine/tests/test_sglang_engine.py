@@ -126,7 +126,7 @@ async def until(check: Callable[[], Awaitable[bool]]) -> None:
 async def test_whole_sequences_are_answered_token_by_token_and_the_server_ends_with_the_engine() -> None:
     async with running() as bench:
         info = bench.engine.info
-        assert (info.handoff, info.max_model_tokens, info.vocab_size) == ("native", 1019, 512)
+        assert (info.handoff, info.max_model_tokens, info.vocab_size) == ("native", 4096, 512)
         assert (bench.engine.pool.num_blocks, bench.engine.blocks.counts().total) == (256, 256)
         assert bench.engine.pool.block_bytes == 2 * 2 * 16 * 8 * 4  # the server says float32
         one, two = request("a"), request("b", max_tokens=3, top_logprobs=2)
@@ -197,7 +197,7 @@ async def test_what_the_server_cannot_do_is_refused_with_the_setting_that_helps(
         with pytest.raises(InvalidArgument, match=r"min_tokens.*sglang_tokenizer"):
             bench.engine.start(request("a", min_tokens=2))
         with pytest.raises(InvalidArgument, match="token_ids"):
-            bench.engine.start(request("a", prompt=1019))
+            bench.engine.start(request("a", prompt=1020))
 
 
 async def test_a_prefill_is_ready_when_the_other_side_has_it() -> None:

@@ -75,6 +75,43 @@ def test_a_pair_whose_layouts_cannot_be_matched_is_not_placed() -> None:
     assert house.ask().placement.prefill.instance_id == "p1"
 
 
+def offer(worker: Worker, *names: str) -> None:
+    worker.record.transports.extend(discovery.TransportOffer(name=name) for name in names)
+    worker.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "is_possible"),
+    [
+        (["shm", "tcp"], ["tcp"], True),
+        (["shm"], ["tcp"], False),
+        (["native:sglang-1"], ["native:sglang-1"], True),
+        (["native:sglang-1"], ["native:sglang-2"], False),
+        (["native:sglang-1"], ["shm", "tcp"], False),
+    ],
+)
+def test_a_pair_needs_a_way_of_handing_over_that_both_have(prefill: list[str], decode: list[str], is_possible: bool) -> None:
+    house = House()
+    p0, d0 = house.pair()
+    offer(p0, *prefill)
+    offer(d0, *decode)
+    assert house.ask(num_tokens=2000).placement.HasField("prefill") is is_possible
+
+
+def test_nothing_is_fetched_by_an_engine_that_moves_kv_itself() -> None:
+    house = House()
+    p0, d0 = house.pair()
+    p1 = house.add("p1", discovery.SERVICE_PREFILL, waiting_prefill_tokens=100_000)
+    for known in (p0, p1, d0):
+        offer(known, "native:sglang-1")
+    chain = hashes(640)
+    house.index.store(p1.bit, chain)
+    placement = house.ask(num_tokens=640, chain=chain).placement
+    assert placement.prefill.instance_id == "p0"
+    assert not placement.HasField("fetch_from")
+    assert placement.predicted_fetch_us == 0
+
+
 def test_without_prefill_instances_decode_does_it_all() -> None:
     house = House()
     house.add("d0", discovery.SERVICE_DECODE)

@@ -21,6 +21,10 @@ _EQUAL_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "dtype")
 _DIVIDING_FIELDS = ("block_tokens", "num_shards")
 
 
+# Begins the name of an offer of an engine that moves KV itself: nothing can be pulled, and so nothing fetched, over it.
+NATIVE = "native:"
+
+
 class Layout(Protocol):
     """baton.discovery.v1.KvLayout, or the engine's BlockLayout."""
 

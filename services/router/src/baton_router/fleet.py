@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from baton_contracts.discovery.v1 import instance_pb2 as discovery
 from baton_contracts.worker.v1 import worker_service_pb2 as worker
-from baton_runtime.layouts import layout_mismatch, model_mismatch
+from baton_runtime.layouts import NATIVE, layout_mismatch, model_mismatch
 
 # docs/handoff.md, section 4.
 SUSPECT_AFTER_S = 1.0
@@ -97,12 +97,28 @@ class Worker:
     def __post_init__(self) -> None:
         kind = discovery.Instance(model=self.record.model, layout=self.record.layout)
         kind.model.served_name = kind.model.path = ""
+        kind.transports.extend(discovery.TransportOffer(name=name) for name in sorted(self.offered))
         self.kv_kind = kind.SerializeToString(deterministic=True)
 
     @property
     def incarnation(self) -> str:
         """The life this is."""
         return self.record.incarnation
+
+    @property
+    def offered(self) -> set[str]:
+        """Names of the ways in which it hands KV over."""
+        return {offer.name for offer in self.record.transports}
+
+    @property
+    def moves_kv_itself(self) -> bool:
+        """Whether its engine does: then nobody can fetch from it, nor it from anybody."""
+        return any(name.startswith(NATIVE) for name in self.offered)
+
+    @property
+    def predicted_step_us(self) -> float:
+        """What a decode step over the KV it has, or is about to have, takes: the time between two tokens. 0: no KV, or no step was seen."""
+        return self.decode_speed.predict_us(self.kv_tokens)
 
     def can(self, capability: discovery.Capability) -> bool:
         """Whether it accepts that kind of work."""
@@ -228,13 +244,15 @@ class Fleet:
         return self._barred.get((prefill, decode), float("-inf")) > now
 
     def can_exchange(self, prefill: Worker, decode: Worker) -> bool:
-        """Whether KV of the one can become KV of the other; kvtransfer refuses the pair if not, but only after it was placed."""
+        """Whether KV of the one can become KV of the other, and there is a way; kvtransfer refuses the pair if not, but only after it was
+        placed."""
         if prefill.kv_kind == decode.kv_kind:
             return True
         kinds = (prefill.kv_kind, decode.kv_kind)
         if kinds not in self._matches:
             a, b = prefill.record, decode.record
-            self._matches[kinds] = not model_mismatch(a.model, b.model) and not layout_mismatch(a.layout, b.layout)
+            is_alike = not model_mismatch(a.model, b.model) and not layout_mismatch(a.layout, b.layout)
+            self._matches[kinds] = is_alike and (prefill.offered == decode.offered or bool(prefill.offered & decode.offered))
         return self._matches[kinds]
 
     def fence(self, incarnations: Iterable[str], now: float) -> None:

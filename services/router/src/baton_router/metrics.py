@@ -1,11 +1,15 @@
 """What the router exports to Prometheus."""
 
 import time
+from collections.abc import Iterator
 
+from baton_contracts.discovery.v1 import instance_pb2 as discovery
 from baton_contracts.router.v1 import router_service_pb2 as pb
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
-from baton_router.fleet import Fleet
+from baton_router.fleet import Fleet, Worker
 from baton_router.index import BlockIndex
 
 SELECT_BUCKETS_S = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
@@ -25,6 +29,7 @@ class RouterMetrics:
             ("baton_router_open_workers", "Workers that may get new work now.", lambda: fleet.num_open(time.monotonic())),
         ):
             Gauge(name, text, registry=registry).set_function(read)
+        registry.register(_PredictedSteps(fleet))
 
     def answered(self, answer: pb.Answer, duration_s: float) -> None:
         """One query was answered."""
@@ -33,3 +38,24 @@ class RouterMetrics:
         else:
             (self._pairs if answer.placement.HasField("prefill") else self._alone).inc()
         self._select_s.observe(duration_s)
+
+
+class _PredictedSteps(Collector):
+    """One sample per decode instance that is there, so that those which left leave nothing behind."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        """As the registry asks for it at each scrape."""
+        text = "Time between two tokens at a decode instance, predicted from its KV tokens; 0: it has none."
+        family = GaugeMetricFamily("baton_router_predicted_decode_step_seconds", text, labels=["instance_id"])
+        newest: dict[str, Worker] = {}
+        for known in self._fleet.workers.values():
+            if known.record.service == discovery.SERVICE_DECODE and (
+                known.record.instance_id not in newest or known.heard_at > newest[known.record.instance_id].heard_at
+            ):
+                newest[known.record.instance_id] = known
+        for instance_id, known in newest.items():
+            family.add_metric([instance_id], known.predicted_step_us / 1e6)
+        yield family

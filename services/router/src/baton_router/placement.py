@@ -164,6 +164,8 @@ class Placer:
     def _fetch(self, w: Worker, num_tokens: int, cached: dict[str, int], holders: Sequence[Worker]) -> Fetch | None:
         """What w should fetch of num_tokens to prefill: from who has most of it, if that is sooner than computing it."""
         own = cached[w.incarnation]
+        if w.moves_kv_itself:
+            return None
         for holder in holders:
             end = min(cached[holder.incarnation], num_tokens)
             if not 0 < self._config.fetch_min_tokens <= end - own:

@@ -8,12 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 from baton_runtime.errors import InvalidArgument
+from baton_runtime.layouts import NATIVE
 from baton_runtime.log import get_logger
 from baton_runtime.model_folder import ModelFolder, inspect_model_folder
 
 from baton_engine.api import EndReason, EngineBeat, EngineInfo, EngineRequest, EngineStats, SequenceKey, StepOutput, Work
 from baton_engine.blocks import BlockManager
-from baton_engine.errors import EngineFailed, ReceiveFailed
+from baton_engine.errors import EngineFailed, ReceiveFailed, SequenceTooLong
 from baton_engine.paged_engine import check_request
 from baton_engine.pool import ITEM_BYTES, BlockLayout, KvPool
 from baton_engine.sglang import kv_events
@@ -75,7 +76,7 @@ class SglangEngine:
     @property
     def handoff_name(self) -> str:
         """Names the way it hands KV over. Servers whose names differ must not be paired: SGLang promises nothing across versions."""
-        return f"sglang-{self.server.version}-{self.server.disaggregation_transfer_backend}-page{self.server.page_size}"
+        return f"{NATIVE}sglang-{self.server.version}-{self.server.disaggregation_transfer_backend}-page{self.server.page_size}"
 
     async def open(self) -> None:
         """See Engine.open. Raises: EngineFailed."""
@@ -195,6 +196,8 @@ class SglangEngine:
         if not self._is_open:
             raise EngineFailed("the engine is not open")
         check_request(request, self.info, self.pool.num_blocks * self._settings.page_size)
+        if len(request.token_ids) > self.server.max_req_input_len:
+            raise SequenceTooLong(len(request.token_ids), self.server.max_req_input_len)
         if request.sampling.min_tokens and self.server.skip_tokenizer_init:
             raise InvalidArgument("sampling.min_tokens", "needs sglang_tokenizer = true on the worker: SGLang masks by its tokenizer")
 
@@ -261,7 +264,8 @@ class SglangEngine:
             raise EngineFailed(f"SGLang changed the page size to {server.page_size}: set block_tokens to it, here and in its pairs")
         layout = _layout(self._folder, server)
         num_blocks = max(1, server.max_total_num_tokens * server.dp_size // server.page_size)
-        limit = min(self._folder.max_model_tokens, server.max_req_input_len + 1)
+        # Not what its pool makes of it, which may differ between the two sides of a pair.
+        limit = min(self._folder.max_model_tokens, server.context_length or self._folder.max_model_tokens)
         self.info = EngineInfo(limit, self._folder.vocab_size, self._folder.eos_token_ids, self._folder.fingerprint, "native")
         self.pool = KvPool.without_memory(num_blocks, layout)
         self.blocks = BlockManager(num_blocks)

@@ -85,12 +85,14 @@ class KvEventsInfo(msgspec.Struct, frozen=True):
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
-    """The settings it has come to. max_total_num_tokens: KV slots of one scheduler; max_req_input_len: of the longest prompt."""
+    """The settings it has come to. max_total_num_tokens: KV slots of one scheduler; max_req_input_len: of the longest
+    prompt; context_length: None: the model's own."""
 
     version: str
     max_total_num_tokens: int
     max_req_input_len: int
     page_size: int
+    context_length: int | None = None
     max_running_requests: int | None = None
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
