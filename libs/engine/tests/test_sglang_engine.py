@@ -331,10 +331,11 @@ async def test_the_servers_prefix_cache_is_told_in_our_hashes() -> None:
         await until(is_told)
 
 
-async def test_a_server_that_does_not_start_is_reported_with_its_exit_code() -> None:
+async def test_a_server_that_does_not_start_is_reported_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(EngineFailed, match="ended with 3"):
         async with running(args="--exit-at-start 3"):
             pass
+    assert "sglang_did_not_start" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ class SglangSettings:
             raise ConfigError("sglang_command", f"{self.command!r}: there is no such program")
         own = {flag.split("=")[0] for flag in shlex.split(self.args)} & set(OWN_FLAGS)
         if own:
-            raise ConfigError("sglang_args", f"{', '.join(sorted(own))} set by Baton itself, from settings of its own")
+            raise ConfigError(
+                "sglang_args", f"{', '.join(sorted(own))}: Baton sets that itself, from settings of its own (docs/engine-sglang.md)"
+            )
         if self.page_size % self.hash_block_tokens:
             raise ConfigError("block_tokens", f"{self.page_size} is not a multiple of hash_block_tokens={self.hash_block_tokens}")
 

@@ -83,12 +83,11 @@ class SglangEngine:
         await self._client.open()
         if self.child.events_port:  # before the server: it publishes without being asked, and never again
             self._spawn(self._follow_cache(self.child.events_port), "sglang cache events")
-        await self.child.start(self._client)
         try:
-            self.server = await self._client.server_info()
-        except (ChildUnavailable, ChildRefused) as error:
-            raise EngineFailed(f"SGLang does not tell its settings: {error}") from error
-        self._set_sizes(self.server)
+            await self._start_child()
+        except EngineFailed as error:
+            log.error("sglang_did_not_start", why=error.message)
+            raise
         self._heard_at = self._clock()
         self._is_open = True
         self._spawn(self._watch_child(), "sglang process")
@@ -257,6 +256,14 @@ class SglangEngine:
             self._outputs_ready.set()
 
     # The server.
+
+    async def _start_child(self) -> None:
+        await self.child.start(self._client)
+        try:
+            self.server = await self._client.server_info()
+        except (ChildUnavailable, ChildRefused) as error:
+            raise EngineFailed(f"SGLang does not tell its settings: {error}") from error
+        self._set_sizes(self.server)
 
     def _set_sizes(self, server: ServerInfo) -> None:
         if server.page_size != self._settings.page_size:
