@@ -26,7 +26,7 @@ MIXED ?=
 WORKERS ?= logical
 AT_ONCE := -n $(WORKERS) --maxprocesses 4 --dist worksteal
 UNITS := $(addsuffix /tests,$(MEMBERS))
-ALONE := tests --ignore tests/e2e
+ALONE := tests --ignore tests/e2e --ignore tests/sglang
 # Processes are started by the hundred: not one should compile our sources again, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -76,7 +76,7 @@ test-unit: $(VENV)/.ready ## the members' own tests
 	$(BIN)/pytest $(AT_ONCE) -m "not slow" $(UNITS)
 
 test-e2e: $(VENV)/.ready ## tests with real processes
-	$(BIN)/pytest -m "not slow" tests
+	$(BIN)/pytest -m "not slow" tests --ignore tests/sglang
 
 test-slow: $(VENV)/.ready ## what takes longer: ten times as many random histories of the handoff protocol, more faults, a longer soak
 	@status=0; $(BIN)/pytest $(AT_ONCE) -m slow $(UNITS) tests/e2e || status=1; \

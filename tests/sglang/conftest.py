@@ -1,13 +1,9 @@
-"""What the tests of SGLang share; collected only where SGLang is (`make test-sglang`)."""
+"""What the tests of SGLang share."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-import cpu
 import pytest
-
-if not cpu.PYTHON:
-    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,13 @@ import psutil
 import pytest
 import pytest_asyncio
 from cluster import Cluster, cluster, until
-from cpu import settings
+from cpu import PYTHON, settings
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not PYTHON, reason="needs an environment with SGLang: make test-sglang"),
+]
 
 Reference = Callable[[list[int], int], list[int]]
 START_LIMIT_S = 240.0
