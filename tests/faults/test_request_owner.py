@@ -439,22 +439,29 @@ HOG_TOKENS = 1400  # of 1,536 in the pool of a decode: beside it there is no roo
 async def test_a_request_that_decode_has_no_room_for_waits_and_is_not_tried_elsewhere(owned: Owned) -> None:
     """Not now: prefill offers it again until others have left."""
     await owned.mend()
+
+    async def offers() -> list[float]:
+        return [await owned.metric(name, 'baton_handoff_messages_total{kind="begin"}') for name in WORKERS[1:]]
+
+    async def are_paired() -> bool:
+        """After a case in which prefill had no path, routers leave that pair out for 10 s, and the decode would wait by itself."""
+        before = await offers()
+        await asyncio.gather(*(owned.ask(**alone(prompt=[30 + index, *PROMPT[1:40]], max_tokens=1)) for index in range(2)))
+        return all(now > earlier for now, earlier in zip(await offers(), before, strict=True))
+
+    await until("prefill is paired with both", are_paired, 30)
     hogs = []
     for index in range(2):
         owned.give("decode", "token", "HOLD", 50 * index)  # which the first one never reaches
         hogs.append(asyncio.ensure_future(owned.ask(**alone(prompt=[20 + index, *PROMPT * 7][:HOG_TOKENS], max_tokens=100))))
         await until("a hog stays", owned.is_followed, 30)
     assert [await owned.metric(name, "baton_live_sequences") for name in WORKERS[1:]] == [1, 1]
-
-    async def offers() -> float:
-        return sum([await owned.metric(name, 'baton_handoff_messages_total{kind="begin"}') for name in WORKERS[1:]])
-
-    before = await offers()
+    before = sum(await offers())
     response = Response()
     asked = asyncio.ensure_future(owned.ask(response))
 
     async def offered_again() -> bool:
-        return await offers() >= before + 6
+        return sum(await offers()) >= before + 6
 
     await until("it was offered again and again", offered_again, 20)
     assert not response.choices

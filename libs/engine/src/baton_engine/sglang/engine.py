@@ -264,6 +264,8 @@ class SglangEngine:
         except (ChildUnavailable, ChildRefused) as error:
             raise EngineFailed(f"SGLang does not tell its settings: {error}") from error
         self._set_sizes(self.server)
+        for rank in range(1, self.server.dp_size if self.child.events_port else 1):  # data-parallel ranks publish apart
+            self._spawn(self._follow_cache(self.child.events_port + rank), "sglang cache events")
 
     def _set_sizes(self, server: ServerInfo) -> None:
         if server.page_size != self._settings.page_size:
