@@ -163,7 +163,13 @@ async def test_a_request_given_up_while_the_servers_wait_for_each_other_leaves_n
 
         await until("decode has reserved", is_reserved, 10.0)
         asking.cancel()
-        await asyncio.sleep(0.5)  # its abort reaches a server that cannot act on it
+
+        async def has_given_up() -> bool:
+            """Decode has let go, or has told its server, which cannot act on it, and keeps the blocks until it has."""
+            metrics = await pair.metrics("decode-0")
+            return metrics["baton_kv_quarantined_bytes"] == metrics["baton_kv_reserved_bytes"]
+
+        await until("decode has heard of it", has_given_up, 10.0)
     finally:
         for process in schedulers(pair, halted):
             process.resume()

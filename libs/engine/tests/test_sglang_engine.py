@@ -18,6 +18,7 @@ from baton_engine.sglang import engine as engine_module
 from baton_engine.sglang.child import SglangSettings
 from baton_engine.sglang.engine import SglangEngine
 from baton_engine.sglang.http_api import Load
+from baton_engine.sglang.sequences import ChildSequences
 from baton_runtime.errors import ConfigError, InvalidArgument
 from baton_runtime.hashing import block_hashes
 from baton_runtime.model_folder import ModelFolder
@@ -287,6 +288,21 @@ async def test_when_the_server_dies_every_sequence_ends_and_the_engine_says_so()
         await bench.until(lambda: bench.failure is not None)
         with pytest.raises(EngineFailed):
             bench.engine.start(request("b"))
+
+
+async def test_a_fault_of_ours_in_taking_in_an_answer_ends_the_engine_and_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("no such table")
+
+    async with running() as bench:
+        asked, other = request("a"), request("b", max_tokens=100_000)
+        monkeypatch.setattr(ChildSequences, "heard", fails)
+        bench.engine.start(other)
+        bench.engine.start(asked)
+        assert (await bench.ended(asked.key)).reason is EndReason.ENGINE_ERROR
+        assert (await bench.ended(other.key)).reason is EndReason.ENGINE_ERROR
+        await bench.until(lambda: bench.failure is not None)
+        assert "KeyError" in str(bench.failure and bench.failure.__cause__)
 
 
 async def test_a_server_that_answers_nothing_any_more_shows_in_the_beat_and_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

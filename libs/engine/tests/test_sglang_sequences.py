@@ -87,14 +87,12 @@ def test_its_table_grows_with_it_and_a_full_mirror_does_not_stop_the_server() ->
 
 def test_whole_sequences_wait_for_room_and_places_and_the_interactive_ones_go_first() -> None:
     bench = Bench(num_blocks=16, max_running=2)
-    bench.whole("a")
+    first = bench.whole("a")
     bench.whole("b")
     bench.all.add_waiting(request("batch", priority=Priority.BATCH), "batch", 1.0)
     bench.all.add_waiting(request("chat"), "chat", 2.0)
     assert not list(bench.all.take_postable(2.0))
     assert bench.all.stats().waiting_sequences == 2
-    first = bench.all.get(SequenceKey("a", 1))
-    assert first is not None
     bench.hear(first, piece(1, finish=FinishReason("length")))
     assert [s.rid for s in bench.all.take_postable(3.0)] == ["chat"]
 

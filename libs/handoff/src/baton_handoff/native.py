@@ -20,6 +20,8 @@ from baton_handoff.pulls import LinkStats, PullKey, PullResult
 from baton_handoff.transports.base import PeerPool, PullStats, TransportUnavailable
 from baton_handoff.transports.reslice import Reslice
 
+_WHY = "the engines move KV themselves"
+
 log = get_logger(__name__)
 
 
@@ -64,7 +66,7 @@ class NativeTransport:
         self, peer: Instance, parameters: bytes, pair_secret: bytes, own_incarnation: str, reslice: Reslice | None = None
     ) -> PeerPool:
         """See Transport."""
-        raise TransportUnavailable(self.name, "the engines move KV themselves")
+        raise TransportUnavailable(self.name, _WHY)
 
 
 class NativeReceiver:
@@ -88,7 +90,7 @@ class NativeReceiver:
 
     def why_of(self, incarnation: str) -> str:
         """See Puller."""
-        return "the engines move KV themselves" if incarnation in self.links else ""
+        return _WHY if incarnation in self.links else ""
 
     def drop(self, incarnation: str) -> None:
         """See Puller."""
@@ -147,7 +149,7 @@ class NativeReceiver:
         layout = self._engine.pool.layout
         num_bytes = -(-start.request.num_kv_tokens // layout.block_tokens) * layout.block_bytes
         stats = PullStats(num_bytes, 1, duration_s)
-        self.links.setdefault(start.peer_incarnation, LinkStats(self._name, "the engines move KV themselves")).pulled(stats)
+        self.links.setdefault(start.peer_incarnation, LinkStats(self._name, _WHY)).pulled(stats)
         return PullResult(stats)
 
 

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from baton_router.fleet import Fleet, Worker
+from baton_router.fleet import Fleet
 from baton_router.index import BlockIndex
 
 SELECT_BUCKETS_S = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
@@ -50,12 +50,8 @@ class _PredictedSteps(Collector):
         """As the registry asks for it at each scrape."""
         text = "Time between two tokens at a decode instance, predicted from its KV tokens; 0: it has none."
         family = GaugeMetricFamily("baton_router_predicted_decode_step_seconds", text, labels=["instance_id"])
-        newest: dict[str, Worker] = {}
-        for known in self._fleet.workers.values():
-            if known.record.service == discovery.SERVICE_DECODE and (
-                known.record.instance_id not in newest or known.heard_at > newest[known.record.instance_id].heard_at
-            ):
-                newest[known.record.instance_id] = known
+        decodes = [known for known in self._fleet.workers.values() if known.record.service == discovery.SERVICE_DECODE]
+        newest = {known.record.instance_id: known for known in sorted(decodes, key=lambda known: known.heard_at)}
         for instance_id, known in newest.items():
             family.add_metric([instance_id], known.predicted_step_us / 1e6)
         yield family

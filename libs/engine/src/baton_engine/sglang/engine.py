@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from baton_runtime.errors import InvalidArgument
@@ -207,10 +208,11 @@ class SglangEngine:
     def _post(self, sequence: ChildSequence) -> None:
         task = asyncio.get_running_loop().create_task(self._run(sequence), name=f"sglang {sequence.key.request_id}")
         self._runs[sequence] = task
-        task.add_done_callback(lambda _: self._run_is_over(sequence))
+        task.add_done_callback(partial(self._run_is_over, sequence))
 
-    def _run_is_over(self, sequence: ChildSequence) -> None:
+    def _run_is_over(self, sequence: ChildSequence, task: "asyncio.Task[None]") -> None:
         self._runs.pop(sequence, None)
+        self._die_of(task)  # what an answer did to our books is not known then
         self._arrived(sequence)
         if self._is_open:
             self._admit()
@@ -355,6 +357,10 @@ class SglangEngine:
 
     def _background_is_over(self, task: "asyncio.Task[None]") -> None:
         self._background.discard(task)
+        self._die_of(task)
+
+    def _die_of(self, task: "asyncio.Task[None]") -> None:
+        """Of a fault of ours: no task may end with an error."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("sglang_task_failed", task=task.get_name(), exc_info=error)
             self._die(f"{task.get_name()}: {type(error).__name__}")

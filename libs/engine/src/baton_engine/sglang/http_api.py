@@ -77,13 +77,6 @@ class _Loads(msgspec.Struct, frozen=True):
     loads: list[Load]
 
 
-class KvEventsInfo(msgspec.Struct, frozen=True):
-    """Where it publishes cache events: rank r at endpoint_port_base + r."""
-
-    endpoint_port_base: int = 0
-    dp_size: int = 1
-
-
 class ServerInfo(msgspec.Struct, frozen=True):
     """The settings it has come to. max_total_num_tokens: KV slots of one scheduler; max_req_input_len: of the longest
     prompt; context_length: None: the model's own."""
@@ -99,11 +92,8 @@ class ServerInfo(msgspec.Struct, frozen=True):
     skip_tokenizer_init: bool = False
     enable_priority_scheduling: bool = False
     schedule_low_priority_values_first: bool = False
-    disaggregation_mode: str = "null"
     disaggregation_transfer_backend: str = ""
     dp_size: int = 1
-    tp_size: int = 1
-    kv_events: KvEventsInfo | None = None
 
 
 def generate_body(rid: str, request: EngineRequest, info: ServerInfo) -> dict[str, Any]:

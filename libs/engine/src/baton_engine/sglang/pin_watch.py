@@ -32,7 +32,8 @@ class PinWatch:
         """Whether the server has to be restarted.
 
         explained_tokens: KV slots that our sequences may take there. num_posted: sequences it should have; its health check may be one
-        more. Both as they were before loads was asked for, or what began and ended meanwhile would be taken for lost.
+        more, and one may stand in two of its counts at once. Both as they were before loads was asked for, or what began and ended
+        meanwhile would be taken for lost.
         """
         used = sum(load.num_used_tokens for load in loads)
         requests = sum(load.num_running_reqs + load.num_waiting_reqs + load.disaggregation.num_requests for load in loads)

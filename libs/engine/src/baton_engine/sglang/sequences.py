@@ -123,10 +123,6 @@ class ChildSequences:
         """Those the server has."""
         return len(self._by_key) - self._num_waiting
 
-    def get(self, key: SequenceKey) -> ChildSequence | None:
-        """One that is not over."""
-        return self._by_key.get(key)
-
     def stats(self) -> EngineStats:
         """Sizes now."""
         untouched = [s for s in self._by_key.values() if s.drawn == 0 and s.request.work is not Work.DECODE_ONLY]

@@ -8,7 +8,6 @@ Token t + 1 follows token t. A prefill server answers, and a decode server begin
     POST /fake/leak {"tokens"}   it says that so much KV is held
     POST /fake/fail {"rid"}      that request ends with an error of its own
     POST /fake/hang              it answers nothing any more, but /fake/
-    POST /fake/exit {"code"}
     GET  /fake/seen              the bodies of all requests so far
 """
 
@@ -60,7 +59,6 @@ class FakeServer:
                 web.post("/fake/leak", self._leak),
                 web.post("/fake/hang", self._hang),
                 web.post("/fake/fail", self._fail),
-                web.post("/fake/exit", self._exit),
                 web.get("/fake/seen", self._seen),
             ]
         )
@@ -89,7 +87,6 @@ class FakeServer:
                 "dtype": "float32",
                 "kv_cache_dtype": "auto",
                 "skip_tokenizer_init": self.options.skip_tokenizer_init,
-                "disaggregation_mode": self.options.disaggregation_mode,
                 "disaggregation_transfer_backend": "nixl",
             }
         )
@@ -177,9 +174,6 @@ class FakeServer:
     async def _hang(self, request: web.Request) -> web.Response:
         self.healthy.clear()
         return web.Response()
-
-    async def _exit(self, request: web.Request) -> web.Response:
-        os._exit((await request.json())["code"])
 
     async def _seen(self, request: web.Request) -> web.Response:
         return web.json_response(self.seen)
